@@ -1,0 +1,81 @@
+"""The driver layer under NumPy, PyTorch and JAX programs.
+
+It owns which device, which bytes, and in which order; the frameworks keep graphs, autograd and
+compilation. torch and JAX are imported the first time something asks for them, never before.
+"""
+
+from rlx_driver.buffer import Buffer
+from rlx_driver.device import Device, MemoryInfo, available_devices
+from rlx_driver.dtypes import DTypeInfo, dtype
+from rlx_driver.errors import (
+    AccessTimeoutError,
+    ClosedHandleError,
+    DeviceUnavailableError,
+    DriverError,
+    DTypeError,
+    DuplicateError,
+    OutOfDeviceMemory,
+    RecompilationWarning,
+    ShapeError,
+    StaleViewError,
+    UnboundNameError,
+    UnknownFrameworkError,
+    UpdateFailedError,
+    ZeroCopyError,
+)
+from rlx_driver._exchange import Explanation, exchange, explain
+from rlx_driver.handle import BufferHandle, HandleRegion, open_handles
+from rlx_driver._ledger import ledger, no_copies
+from rlx_driver.registry import register_backend
+from rlx_driver.stream import CommandStream, JaxStream, SyncStream, TorchStream, command_stream
+from rlx_driver.tree import commit, read, update, views, write
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # devices and dtypes
+    "DTypeInfo",
+    "Device",
+    "MemoryInfo",
+    "available_devices",
+    "dtype",
+    "register_backend",
+    # exchange
+    "Explanation",
+    "exchange",
+    "explain",
+    "ledger",
+    "no_copies",
+    # memory
+    "Buffer",
+    "BufferHandle",
+    "HandleRegion",
+    "open_handles",
+    # trees of buffers
+    "commit",
+    "read",
+    "update",
+    "views",
+    "write",
+    # order
+    "CommandStream",
+    "JaxStream",
+    "SyncStream",
+    "TorchStream",
+    "command_stream",
+    # errors
+    "AccessTimeoutError",
+    "ClosedHandleError",
+    "DTypeError",
+    "DeviceUnavailableError",
+    "DriverError",
+    "DuplicateError",
+    "OutOfDeviceMemory",
+    "RecompilationWarning",
+    "ShapeError",
+    "StaleViewError",
+    "UnboundNameError",
+    "UnknownFrameworkError",
+    "UpdateFailedError",
+    "ZeroCopyError",
+]

@@ -1,0 +1,364 @@
+"""Exchange of arrays between frameworks, under one copy contract that is verified.
+
+The frameworks' own importers copy without a word, narrow, drop flags, or abort (see the docs page
+"Exchange"), so nothing is taken from them on trust: what can go wrong is found before the import,
+and after it address, dtype, shape and strides are compared.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from rlx_driver import dlpack
+from rlx_driver.backends.base import ArrayFacts, Backend, Obstacle
+from rlx_driver.device import Device
+from rlx_driver.errors import DriverError, UnknownFrameworkError, ZeroCopyError
+from rlx_driver._ledger import ledger
+from rlx_driver.registry import registry
+
+__all__ = ["Explanation", "exchange", "explain", "resolve"]
+
+# What frameworks raise for one and the same refusal.
+_REFUSALS = (BufferError, ValueError, TypeError, RuntimeError, AssertionError, AttributeError)
+_MODULES = {
+    "numpy": "numpy",
+    "torch": "torch",
+    "jax": "jax",
+    "jax.numpy": "jax",
+    "array_api_compat.numpy": "numpy",
+    "array_api_compat.torch": "torch",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What an exchange would do; its ``str()`` is a sentence.
+
+    Attributes
+    ----------
+    target
+        Name of the framework asked for.
+    shares
+        Whether the result would share the array's memory.
+    obstacle
+        Why not, or None.
+    byte_size
+        Bytes that a copy would move.
+    found
+        What the array is.
+    """
+
+    target: str
+    shares: bool
+    obstacle: Obstacle | None
+    byte_size: int
+    found: str
+
+    @property
+    def reason(self) -> str | None:
+        """One word for the obstacle, such as ``"alignment"``; None when memory is shared."""
+        return None if self.obstacle is None else self.obstacle.kind
+
+    @property
+    def can_copy(self) -> bool:
+        """Whether ``copy=None`` would give a copy instead of an error."""
+        return self.obstacle is None or self.obstacle.copyable
+
+    def __bool__(self) -> bool:
+        return self.shares
+
+    def __str__(self) -> str:
+        if self.obstacle is None:
+            return f"{self.found} to {self.target}: shares its memory"
+        effect = (
+            f"would be copied ({self.byte_size:,} bytes)"
+            if self.obstacle.copyable
+            else "is refused, with a copy or without"
+        )
+        return f"{self.found} to {self.target}: {effect}, because {self.obstacle}"
+
+
+def exchange(x: Any, framework: str | ModuleType, *, copy: bool | None = None) -> Any:
+    """Give an array as an array of another framework.
+
+    Parameters
+    ----------
+    x
+        An array of NumPy, torch or JAX, a `Buffer`, or any object with ``__dlpack__``.
+    framework
+        ``"numpy"``, ``"torch"``, ``"jax"``, the name of a registered backend, or a module that
+        has ``from_dlpack``.
+    copy
+        False: share memory or raise. None: share where it can, else copy and note the reason in
+        the ledger. True: always copy. No value of `copy` ever changes a value.
+
+    Returns
+    -------
+    array
+        Of the framework asked for, of the same shape and dtype, on the same device (NumPy: on the
+        host). Copies: as `copy` says. Blocks: JAX arrays on the host are waited for. Read-only:
+        from JAX to NumPy; JAX memory seen through torch must not be written either, which torch
+        cannot express. Aliases: the memory of `x` when it is shared, which stays alive.
+
+    Raises
+    ------
+    ZeroCopyError
+        ``copy=False`` and memory cannot be shared; a copy inside `no_copies`; or, for every
+        `copy`, an exchange that would change values (x64 off), dtype or gradients.
+    UnknownFrameworkError
+        No such framework, or `x` is no array.
+    DeviceUnavailableError
+        The framework's package is not installed.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import rlx_driver as rlx
+    >>> a = np.arange(3.0)
+    >>> t = rlx.exchange(a, "numpy", copy=False)
+    >>> t is a
+    True
+    """
+    target = resolve(framework)
+    source = registry.for_array(x)
+    if source is not None and copy is not True and isinstance(target, Backend):
+        if source is target:
+            return x
+        shared = target.share_fast(x, source.name)
+        if shared is not None:
+            ledger.count_exchange()
+            return shared
+    result = _exchange(x, source, target, copy)
+    ledger.count_exchange()
+    return result
+
+
+def explain(x: Any, framework: str | ModuleType) -> Explanation:
+    """Say whether `exchange` would share memory, and if not why, without doing it.
+
+    Parameters
+    ----------
+    x, framework
+        As for `exchange`.
+
+    Returns
+    -------
+    Explanation
+        True in a condition when memory would be shared; ``str()`` tells why not and what to do.
+
+    Raises
+    ------
+    UnknownFrameworkError
+        No such framework, or `x` is no array.
+    """
+    target = resolve(framework)
+    source = registry.for_array(x)
+    native = getattr(x, "__rlx_native__", None)
+    if native is not None:
+        x = native()
+        source = registry.for_array(x)
+    facts = source.facts(x) if source is not None else _foreign_facts(x)
+    obstacle = None if source is target else _obstacle(facts, target)
+    kind = type(x).__name__ if source is None else f"{source.name} array"
+    found = f"{facts.dtype.name} {kind} of shape {facts.shape} on {facts.device}"
+    if facts.obstacle is not None:
+        found = f"{kind} of shape {facts.shape}"
+    return Explanation(_name(target), obstacle is None, obstacle, facts.byte_size, found)
+
+
+def resolve(framework: str | ModuleType) -> Backend | ModuleType:
+    """Give the backend, or the module with ``from_dlpack``, that a caller means.
+
+    Raises
+    ------
+    UnknownFrameworkError
+        When it is neither.
+    """
+    if isinstance(framework, str):
+        return registry.get(framework)
+    name = getattr(framework, "__name__", "")
+    if name in _MODULES:
+        return registry.get(_MODULES[name])
+    if isinstance(framework, ModuleType) and hasattr(framework, "from_dlpack"):
+        return framework
+    raise UnknownFrameworkError(
+        f"{framework!r} names no framework: give 'numpy', 'torch', 'jax', the name of a "
+        "registered backend, or a module that has from_dlpack"
+    )
+
+
+def verify(result: Any, source: ArrayFacts, target: ArrayFacts) -> None:
+    """Compare what an importer gave with what it was given.
+
+    Raises
+    ------
+    ZeroCopyError
+        When address, dtype, shape or strides differ.
+    """
+    different = [
+        f"{what} {ours} became {theirs}"
+        for what, ours, theirs in (
+            ("dtype", source.dtype, target.dtype),
+            ("shape", source.shape, target.shape),
+            ("address", hex(source.address), hex(target.address)),
+            ("strides", _telling(source), _telling(target)),
+        )
+        if ours != theirs and (what in ("dtype", "shape") or source.num_elements)
+    ]
+    if different:
+        raise ZeroCopyError(
+            f"the importer behind {type(result).__qualname__} did not share: "
+            f"{'; '.join(different)}. Use copy=None or copy=True to take a copy"
+        )
+
+
+def _telling(facts: ArrayFacts) -> tuple[int, ...]:
+    """Give the strides of the axes whose stride means something."""
+    return tuple(s for s, n in zip(facts.strides, facts.shape, strict=True) if n > 1)
+
+
+def _exchange(
+    x: Any, source: Backend | None, target: Backend | ModuleType, copy: bool | None
+) -> Any:
+    if source is None and (tracked := getattr(x, "__rlx_array__", None)) is not None:
+        return _exchange_tracked(x, tracked, target, copy)
+    if source is target and source is not None:
+        ledger.will_copy(source.facts(x).byte_size, "copy=True was asked for")
+        return source.duplicate(x)
+    facts = source.facts(x) if source is not None else _foreign_facts(x)
+    obstacle = _obstacle(facts, target)
+    if obstacle is not None and (copy is False or not obstacle.copyable):
+        raise ZeroCopyError(
+            f"{_title(x, facts)} cannot be given to {_name(target)}"
+            f"{' without a copy' if obstacle.copyable else ''}: {obstacle}"
+        )
+    if copy is True:
+        ledger.will_copy(facts.byte_size, "copy=True was asked for")
+    elif obstacle is not None:
+        ledger.will_copy(facts.byte_size, f"{obstacle.kind} (to {_name(target)})")
+    else:
+        return share_verified(x, facts, target)
+    fresh = _copied(x, source, facts, target)
+    fresh_source = registry.for_array(fresh)
+    if fresh_source is target or fresh_source is None:
+        return fresh
+    return share_verified(fresh, fresh_source.facts(fresh), target)
+
+
+def _copied(
+    x: Any, source: Backend | None, facts: ArrayFacts, target: Backend | ModuleType
+) -> Any:
+    """Copy an array once, to memory that the target can share."""
+    if source is None:
+        if facts.device.is_host:
+            return registry.get("numpy").duplicate(dlpack.as_numpy(x))
+        shared = facts.device.backend.share(x, facts)
+        return facts.device.backend.duplicate(shared)
+    if facts.device.is_host or getattr(target, "name", "") == "numpy":
+        return source.copy_out(x)
+    return source.duplicate(x)
+
+
+def _exchange_tracked(
+    x: Any, give: Any, target: Backend | ModuleType, copy: bool | None
+) -> Any:
+    """Give a Buffer: its tracked view, or a copy of that."""
+    view = give(target if isinstance(target, ModuleType) else target.name)
+    if copy is not True:
+        return view
+    ledger.will_copy(x.byte_size, "copy=True was asked for")
+    backend = registry.for_array(view)
+    return _copied(view, backend, _foreign_facts(view), target) if backend is None else (
+        backend.duplicate(view)
+    )
+
+
+def share_verified(x: Any, facts: ArrayFacts, target: Backend | ModuleType) -> Any:
+    """Import without a copy and compare; every refusal becomes a `ZeroCopyError`."""
+    try:
+        if isinstance(target, Backend):
+            result = target.share(x, facts)
+            if not target.may_cache(result):
+                return result  # made under a mode or a transform: it has no address to compare
+            found = target.facts(result)
+        else:
+            exporter = dlpack.HostExporter(x) if isinstance(x, np.ndarray) else x
+            result = target.from_dlpack(exporter)
+            found = _facts_of(result)
+    except DriverError:
+        raise
+    except _REFUSALS as error:
+        raise ZeroCopyError(
+            f"{_name(target)} refused {_title(x, facts)}: {error}. Use copy=None to take a copy "
+            "where one helps"
+        ) from error
+    verify(result, facts, found)
+    return result
+
+
+def _obstacle(facts: ArrayFacts, target: Backend | ModuleType) -> Obstacle | None:
+    if facts.obstacle is not None:
+        return facts.obstacle
+    if isinstance(target, Backend):
+        return target.obstacle(facts)
+    if any(stride < 0 for stride in facts.strides):
+        return Obstacle("strides", "its strides are negative, which importers may abort on",
+                        "copy it (copy=None)")
+    return None
+
+
+def _facts_of(x: Any) -> ArrayFacts:
+    backend = registry.for_array(x)
+    return backend.facts(x) if backend is not None else _foreign_facts(x)
+
+
+def _foreign_facts(x: Any) -> ArrayFacts:
+    """Describe any DLPack exporter by a capsule of its own that is dropped unused."""
+    if not hasattr(x, "__dlpack__") or not hasattr(x, "__dlpack_device__"):
+        raise UnknownFrameworkError(
+            f"a {type(x).__qualname__} is no array of a known framework and has no __dlpack__ "
+            "with __dlpack_device__; make it an array first, for example with numpy.asarray"
+        )
+    try:
+        device = Device.from_dlpack(*map(int, x.__dlpack_device__()))
+        options: dict[str, Any] = {} if device.is_host else {"stream": -1}
+        try:
+            capsule = x.__dlpack__(max_version=(1, 0), **options)
+        except TypeError:
+            capsule = x.__dlpack__(**options)
+        found = dlpack.inspect(capsule)
+    except DriverError as error:
+        if isinstance(error, UnknownFrameworkError):
+            raise
+        raise ZeroCopyError(f"the exporter {type(x).__qualname__} is malformed: {error}") from error
+    except _REFUSALS as error:
+        raise ZeroCopyError(
+            f"the exporter {type(x).__qualname__} failed in __dlpack__: {error}"
+        ) from error
+    obstacle = None
+    if found.dtype is None:
+        text = f"its DLPack dtype (code {found.code}, {found.bits} bits) is in no table of ours"
+        obstacle = Obstacle("dtype", text, "convert it first", copyable=False)
+    size = 1 if found.dtype is None else found.dtype.itemsize
+    return ArrayFacts(
+        found.address if math.prod(found.shape) else 0,
+        found.shape,
+        tuple(stride * size for stride in found.element_strides),
+        np.dtype(bool) if found.dtype is None else found.dtype,
+        device,
+        read_only=found.read_only,
+        obstacle=obstacle,
+    )
+
+
+def _name(target: Backend | ModuleType) -> str:
+    return target.name if isinstance(target, Backend) else target.__name__
+
+
+def _title(x: Any, facts: ArrayFacts) -> str:
+    return f"{type(x).__qualname__} of shape {facts.shape} and dtype {facts.dtype.name}"

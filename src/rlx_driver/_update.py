@@ -1,0 +1,399 @@
+"""Updates in place: ``b <- step(b, ...)`` for one buffer and for trees of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from rlx_driver.access import (
+    Access,
+    Lease,
+    acquire,
+    acquire_one,
+    fence,
+    release,
+    release_one,
+    uncommitted,
+)
+from rlx_driver.backends.base import Backend, FunctionalBackend
+from rlx_driver.errors import DTypeError, ShapeError, UpdateFailedError, ZeroCopyError
+from rlx_driver._exchange import exchange, resolve
+from rlx_driver._ledger import ledger
+from rlx_driver.registry import registry
+
+if TYPE_CHECKING:
+    from rlx_driver.buffer import Buffer
+
+__all__ = ["update_many", "update_one"]
+
+
+def update_one(
+    buffer: Buffer,
+    step: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    framework: str | ModuleType,
+    has_aux: bool,
+    static: int | tuple[int, ...],
+    ordered: bool,
+) -> Any:
+    """Run `Buffer.update`."""
+    target = registry.loaded.get(framework) or resolve(framework)  # type: ignore[arg-type]
+    if buffer._native is None:
+        buffer._materialise()
+    if not getattr(target, "functional", False):
+        return _update_mutable([buffer], None, _mutable(target), step, args, kwargs, has_aux)
+    if TYPE_CHECKING:
+        assert isinstance(target, FunctionalBackend)
+    if not isinstance(static, tuple):
+        static = (static,)
+    access = buffer._access
+    lease = buffer._leases.get(target.name) or buffer._lease(target)
+    program = target.compiled_step(step, None, has_aux, static)
+    acquire_one(access)
+    try:
+        old = lease.array
+        if old is None or access.pending is not lease or access.handed or not access.synchronous:
+            old = _ready_lease(buffer, access, lease, target)
+        plain = target.plain_arguments
+        for value in args:
+            if type(value) not in plain:
+                args = _arguments(target, args, static)
+                break
+        if kwargs:
+            kwargs = {name: target.argument(value) for name, value in kwargs.items()}
+        try:
+            new, aux = program(old, *args, **kwargs)
+        except BaseException as error:
+            raise _explained(access, lease, old, error) from error
+        if lease.is_dead(old) and target.donated_address(new) == lease.address:
+            _landed(access, lease, new)
+        else:
+            aux = _land_elsewhere([buffer], [lease], [new], aux)
+        if ordered and access.native_out:
+            _order_after(access, target)
+    finally:
+        release_one(access)
+    return aux
+
+
+def update_many(
+    buffers: Sequence[Buffer],
+    structure: Any,
+    rebuild: Callable[[list[Any]], Any],
+    flatten: Callable[[Any], tuple[list[Any], Any]],
+    step: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    framework: str | ModuleType,
+    has_aux: bool,
+    static: int | tuple[int, ...],
+    ordered: bool,
+) -> Any:
+    """Run `rlx_driver.update` over a flattened tree, all or nothing."""
+    target = resolve(framework)
+    for buffer in buffers:
+        buffer._materialise()
+    if not isinstance(target, FunctionalBackend):
+        tree = (rebuild, flatten, structure)
+        return _update_mutable(buffers, tree, _mutable(target), step, args, kwargs, has_aux)
+    if not isinstance(static, tuple):
+        static = (static,)
+    name = target.name
+    leases = [buffer._leases.get(name) or buffer._lease(target) for buffer in buffers]
+    program = target.compiled_step(step, structure, has_aux, static)
+    accesses = [buffer._access for buffer in buffers]
+    taken = accesses if len(set(accesses)) == len(accesses) else list(dict.fromkeys(accesses))
+    acquire(taken)
+    try:
+        olds = [
+            _ready_lease(buffer, access, lease, target, leases)
+            for buffer, access, lease in zip(buffers, accesses, leases, strict=True)
+        ]
+        args = _arguments(target, args, static)
+        kwargs = {key: target.argument(value) for key, value in kwargs.items()}
+        try:
+            news, aux = program(olds, *args, **kwargs)
+        except BaseException as error:
+            lost = [
+                access.failed(lease, error)
+                for access, lease, old in zip(accesses, leases, olds, strict=True)
+                if lease.is_dead(old)
+            ]
+            if lost:
+                raise lost[0] from error
+            raise
+        is_dead, address = target.is_dead, target.donated_address
+        for lease, old, new in zip(leases, olds, news, strict=True):
+            if not is_dead(old) or address(new) != lease.address:
+                aux = _land_elsewhere(buffers, leases, news, aux)
+                break
+        else:
+            for access, lease, new in zip(accesses, leases, news, strict=True):
+                _landed(access, lease, new)
+        _order_all_after(taken, leases, news, target, ordered)
+    finally:
+        release(taken)
+    return aux
+
+
+def _ready_lease(
+    buffer: Buffer,
+    access: Access,
+    lease: Lease,
+    backend: FunctionalBackend,
+    keep: Sequence[Lease] = (),
+) -> Any:
+    """Give the array to donate, with everything else ordered before it."""
+    if access.handed and (len(access.handed) > 1 or lease not in access.handed or access.retired):
+        fence((access,), keep or (lease,))
+    if access.pending is not None and access.pending is not lease:
+        access.settle_for(lease)
+    if not access.synchronous:
+        access.order.before_functional()
+    array = lease.array
+    if array is None:
+        if not backend.trace_state_clean():
+            buffer._functional_view(backend, in_scope=True)  # raises, saying why
+        return buffer._imported(lease)
+    if lease.is_dead(array):
+        raise uncommitted(access)
+    return array
+
+
+def _arguments(
+    backend: FunctionalBackend, args: tuple[Any, ...], static: tuple[int, ...]
+) -> tuple[Any, ...]:
+    """Make a step's arguments safe; the static ones are values already."""
+    return tuple(
+        [value if i + 1 in static else backend.argument(value) for i, value in enumerate(args)]
+    )
+
+
+def _explained(access: Access, lease: Lease, old: Any, error: BaseException) -> BaseException:
+    """Give the error to raise when calling a program failed."""
+    if lease.array is not None and lease.is_dead(old):
+        return access.failed(lease, error)
+    return error
+
+
+def _landed(access: Access, lease: Lease, new: Any) -> None:
+    """Note that a donated result lies where it should."""
+    lease.array = new
+    lease.handed = None
+    if access.handed:
+        access.handed.clear()
+    access.epoch += 1
+    if access.marks:
+        for backend, view in access.marks:
+            backend.mark_written(view)
+    access.pending = lease
+
+
+def _order_after(access: Access, backend: FunctionalBackend) -> None:
+    """Make the views that are out right before the update returns."""
+    lease = access.pending
+    if lease is None:
+        return
+    if not access.synchronous:
+        access.settle()
+        return
+    ledger.count_host_wait()
+    try:
+        backend.wait_one(lease.array)
+    except Exception as error:
+        raise access.failed(lease, error) from error
+    access.pending = None
+
+
+def _order_all_after(
+    accesses: Sequence[Access],
+    leases: Sequence[Lease],
+    news: list[Any],
+    backend: FunctionalBackend,
+    ordered: bool,
+) -> None:
+    if not ordered or not any(access.native_out for access in accesses):
+        return
+    if not all(access.synchronous for access in accesses):
+        # One program made all results, so the last one stands for the others on its device.
+        for access in accesses:
+            _order_after(access, backend)
+        return
+    ledger.count_host_wait()
+    try:
+        backend.wait(news)
+    except Exception as error:
+        lost = [
+            buffer_access.failed(lease, error)
+            for buffer_access, lease in zip(accesses, leases, strict=False)
+        ]
+        raise lost[0] from error
+    for access in accesses:
+        access.pending = None
+
+
+def _land_elsewhere(
+    buffers: Sequence[Buffer], leases: Sequence[Lease], news: Sequence[Any], aux: Any
+) -> Any:
+    """Copy results into place that did not land there, after the old readers are fenced.
+
+    Raises
+    ------
+    ZeroCopyError
+        Inside `no_copies`, or when an alias blocks the fence; the bytes are then as before for
+        every buffer whose array was not donated.
+    """
+    backend = leases[0].backend
+    astray = [
+        (buffer, lease, new)
+        for buffer, lease, new in zip(buffers, leases, news, strict=True)
+        if not lease.is_dead(lease.array) or backend.donated_address(new) != lease.address
+    ]
+    # Waiting comes before asking for any address: see FunctionalBackend.address.
+    for buffer, lease, new in astray:
+        try:
+            backend.wait(new)
+        except Exception as error:
+            raise UpdateFailedError(
+                f"the program that updates {buffer._access.label} failed while it ran: {error}. "
+                "It had not been donated the memory; nothing was changed"
+            ) from error
+    refused = [entry for entry in astray if not lease_is_lost(entry[1])]
+    if refused:
+        ledger.will_copy(
+            sum(buffer.byte_size for buffer, _, _ in refused), "the result was not made in place"
+        )
+        fence(dict.fromkeys(buffer._access for buffer, _, _ in refused), _kept(leases, refused))
+    if len(refused) < len(astray):
+        aux = _moved_off(backend, aux, {lease.address for _, lease, _ in astray})
+    for buffer, lease, new in astray:
+        with buffer._backend.writing():
+            value = exchange(new, buffer._backend.name, copy=None)
+            buffer._backend.copy_across(buffer._native, value)
+        if lease_is_lost(lease):
+            lease.array = lease.handed = None
+        buffer._access.order.after_native()
+        buffer._access.written()
+    done = {id(lease) for _, lease, _ in astray}
+    for buffer, lease, new in zip(buffers, leases, news, strict=True):
+        if id(lease) not in done:
+            _landed(buffer._access, lease, new)
+    return aux
+
+
+def lease_is_lost(lease: Lease) -> bool:
+    """Tell whether a lease's array was donated, so that there is nothing left to fence."""
+    return lease.array is None or lease.is_dead(lease.array)
+
+
+def _kept(leases: Sequence[Lease], refused: list[tuple[Buffer, Lease, Any]]) -> list[Lease]:
+    fenced = {id(lease) for _, lease, _ in refused}
+    return [lease for lease in leases if id(lease) not in fenced]
+
+
+def _moved_off(backend: FunctionalBackend, aux: Any, taken: set[int]) -> Any:
+    """Copy every other output that took the memory of a buffer to memory of its own."""
+    leaves, structure = backend.flatten(aux)
+    moved = [
+        backend.duplicate(leaf)
+        if backend.owns(leaf) and leaf.size and backend.address(leaf) in taken
+        else leaf
+        for leaf in leaves
+    ]
+    backend.wait([leaf for leaf in moved if backend.owns(leaf)])
+    return backend.unflatten(structure, moved)
+
+
+# --- torch and NumPy -----------------------------------------------------------------------------
+
+
+def _mutable(target: Backend | ModuleType) -> Backend:
+    if isinstance(target, Backend):
+        return target
+    raise ZeroCopyError(
+        f"update runs a step in a framework with a backend; {target.__name__} has none: write "
+        "through a view inside write(...)"
+    )
+
+
+def _update_mutable(
+    buffers: Sequence[Buffer],
+    tree: tuple[Any, Any, Any] | None,
+    target: Backend,
+    step: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    has_aux: bool,
+) -> Any:
+    from rlx_driver.scopes import WriteScope
+
+    with WriteScope(buffers, target.name, None, list) as views, target.writing():
+        args = tuple(_viewed(value, target) for value in args)
+        kwargs = {name: _viewed(value, target) for name, value in kwargs.items()}
+        result = step(views[0] if tree is None else tree[0](views), *args, **kwargs)
+        aux = None
+        if has_aux:
+            if not isinstance(result, tuple) or len(result) != 2:
+                raise ShapeError(
+                    "with has_aux=True a step returns (state, aux); this one returned a "
+                    f"{type(result).__qualname__}"
+                )
+            result, aux = result
+        if result is None:
+            return aux  # it changed its argument
+        news = [result] if tree is None else _flattened(result, tree)
+        changed = [
+            (buffer, view, _fitting_result(buffer, view, new, target))
+            for buffer, view, new in zip(buffers, views, news, strict=True)
+            if new is not view and new is not None
+        ]
+        # A result may be made of another buffer's memory (a swap): take it out before writing.
+        values = [
+            target.duplicate(new) if any(target.overlaps(new, view) for view in views) else new
+            for _, _, new in changed
+        ]
+        if changed:
+            moved = sum(buffer.byte_size for buffer, _, _ in changed)
+            ledger.will_copy(moved, "the result was not made in place")
+        for (_, view, _), value in zip(changed, values, strict=True):
+            target.copy_across(view, value)
+        return aux
+
+
+def _viewed(value: Any, target: Backend) -> Any:
+    give = getattr(value, "__rlx_array__", None)
+    return value if give is None else give(target.name)
+
+
+def _flattened(result: Any, tree: tuple[Any, Any, Any]) -> list[Any]:
+    _, flatten, structure = tree
+    leaves, found = flatten(result)
+    if found != structure:
+        raise ShapeError(
+            f"a step returns its state with the structure it came in: {structure}; this one "
+            f"returned {found}. To return more, pass has_aux=True"
+        )
+    return leaves
+
+
+def _fitting_result(buffer: Buffer, view: Any, new: Any, target: Backend) -> Any:
+    if not target.owns(new):
+        source = registry.for_array(new)
+        raise DTypeError(
+            f"a {target.name} step on {buffer._access.label} returns a {target.name} array; this "
+            f"one returned a {type(new).__qualname__}"
+            + ("" if source is None else f" of {source.name}")
+        )
+    if tuple(new.shape) != buffer.shape:
+        raise ShapeError(
+            f"the step returned shape {tuple(new.shape)} for {buffer._access.label} of shape "
+            f"{buffer.shape}. Nothing was copied"
+        )
+    if new.dtype != view.dtype:
+        raise DTypeError(
+            f"the step returned {new.dtype} for {buffer._access.label} of {view.dtype}: convert "
+            "the result. Nothing was copied"
+        )
+    return new

@@ -1,0 +1,1 @@
+"""Backends: the only place, beside ``integrations``, where a framework's quirks live."""

@@ -1,0 +1,451 @@
+"""The contract of a backend, and the small values that backends and the core pass around.
+
+A backend speaks for one framework: it allocates bytes, makes typed views of them, says what an
+array is, shares foreign memory, copies, and orders work. The core never asks which framework it
+has; a third party adds one by subclassing `Backend` (see `rlx_driver.register_backend`).
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rlx_driver.errors import DTypeError, OutOfDeviceMemory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import ModuleType
+
+    import numpy as np
+
+    from rlx_driver.device import Device, MemoryInfo
+
+__all__ = [
+    "ALIGNMENT",
+    "ArrayFacts",
+    "Backend",
+    "FunctionalBackend",
+    "Obstacle",
+    "Order",
+    "accounting",
+    "row_major_strides",
+]
+
+ALIGNMENT = 256
+"""Bytes to which every allocation is aligned: enough for JAX (64) and for CUDA (256)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """A reason why memory cannot be shared, and what to do about it.
+
+    Attributes
+    ----------
+    kind
+        One word: alignment, strides, dtype, x64, read-only, requires_grad, conj, neg, device,
+        trace, protocol.
+    text
+        What was found.
+    remedy
+        What the caller can do.
+    copyable
+        Whether a copy gets round it. A change of value never does.
+    """
+
+    kind: str
+    text: str
+    remedy: str
+    copyable: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.text}; {self.remedy}"
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayFacts:
+    """What an array is, in the driver's terms.
+
+    Attributes
+    ----------
+    address
+        Of element zero, in bytes; 0 when the array is empty.
+    shape
+        Lengths of the axes.
+    strides
+        Bytes from one element to the next along each axis.
+    dtype
+        The NumPy (or ml_dtypes) dtype.
+    device
+        Where it lives.
+    read_only
+        Whether it is flagged as not to be written.
+    immutable
+        Whether its framework has no writes at all, as JAX. Sharing it is safe as long as nobody
+        writes through the other side.
+    obstacle
+        Why its framework cannot hand it out as it is, if so.
+    """
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: np.dtype[Any]
+    device: Device
+    read_only: bool = False
+    immutable: bool = False
+    obstacle: Obstacle | None = None
+
+    @property
+    def num_elements(self) -> int:
+        """The number of elements."""
+        count = 1
+        for n in self.shape:
+            count *= n
+        return count
+
+    @property
+    def byte_size(self) -> int:
+        """Bytes of the elements, gaps between them left out."""
+        return self.num_elements * self.dtype.itemsize
+
+    @property
+    def is_row_major(self) -> bool:
+        """Whether the elements lie in C order without a gap."""
+        return is_row_major(self.shape, self.strides, self.dtype.itemsize)
+
+
+def row_major_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """Give the byte strides of a C-contiguous array."""
+    strides, step = [], itemsize
+    for n in reversed(shape):
+        strides.append(step)
+        step *= max(n, 1)
+    return tuple(reversed(strides))
+
+
+def is_row_major(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
+    """Tell whether an array is C-contiguous; axes of length one and empty arrays always fit."""
+    if 0 in shape:
+        return True
+    step = itemsize
+    for n, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if n != 1 and stride != step:
+            return False
+        step *= n
+    return True
+
+
+class _Accounting:
+    """Bytes that the driver has allocated on each device and that are still alive."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._in_use: Counter[Device] = Counter()
+
+    def add(self, device: Device, nbytes: int, owner: object) -> None:
+        """Count an allocation until its owner is collected."""
+        with self._lock:
+            self._in_use[device] += nbytes
+        weakref.finalize(owner, self._release, device, nbytes).atexit = False
+
+    def _release(self, device: Device, nbytes: int) -> None:
+        with self._lock:
+            self._in_use[device] -= nbytes
+
+    def in_use(self, device: Device) -> int:
+        """Give the bytes alive on a device."""
+        return self._in_use[device]
+
+
+accounting = _Accounting()
+"""Allocation statistics of this process."""
+
+
+class Order:
+    """Orders the accesses of one buffer family; the base class serves synchronous frameworks.
+
+    The core calls these around every access. On the host the only asynchronous framework is JAX,
+    whose pending result the core waits for itself, so there is nothing to do here; a backend with
+    streams overrides `Backend.order`.
+    """
+
+    synchronous: ClassVar[bool] = True
+    """Whether memory is settled for every framework once pending results are waited for."""
+
+    def before_native(self, pending: Callable[[], None], result: Any | None) -> bool:
+        """Order the native framework's next work after a pending functional result.
+
+        Parameters
+        ----------
+        pending
+            Waits on the host for the result; raises its error.
+        result
+            The pending array, or None.
+
+        Returns
+        -------
+        bool
+            Whether the result is known to be finished, so that it can be forgotten.
+        """
+        if result is not None:
+            pending()
+        return True
+
+    def after_native(self) -> None:
+        """Order functional frameworks' next work after what the native one has enqueued."""
+
+    def before_functional(self) -> None:
+        """Order a functional framework's next work after native work enqueued until now."""
+
+
+class Backend(ABC):
+    """One framework's side of the driver.
+
+    The arrays it passes in and out are the framework's own. Unless a method says otherwise it
+    neither copies nor blocks, and what it returns aliases what it was given.
+    """
+
+    name: ClassVar[str]
+    """The framework's name, as users spell it."""
+    packages: ClassVar[tuple[str, ...]]
+    """Top-level packages that define its array types."""
+    kinds: ClassVar[tuple[str, ...]]
+    """Device kinds on which it allocates for the driver."""
+    functional: ClassVar[bool] = False
+    """Whether its arrays are immutable: it is a `FunctionalBackend`."""
+
+    # --- what there is -----------------------------------------------------------------------
+
+    @abstractmethod
+    def devices(self, kind: str) -> list[Device]:
+        """List the devices of a kind that the framework sees."""
+
+    @abstractmethod
+    def namespace(self) -> ModuleType:
+        """Give the Array API namespace."""
+
+    @abstractmethod
+    def owns(self, obj: Any) -> bool:
+        """Tell whether an object is an array of this framework."""
+
+    @abstractmethod
+    def facts(self, array: Any) -> ArrayFacts:
+        """Describe an array; waits for nothing but what its address needs."""
+
+    def device_of(self, array: Any) -> Device:
+        """Tell where an array lives."""
+        return self.facts(array).device
+
+    @abstractmethod
+    def memory(self, device: Device) -> MemoryInfo:
+        """Give the memory statistics of a device, in bytes."""
+
+    # --- bytes -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def allocate(self, device: Device, nbytes: int) -> Any:
+        """Allocate zero bytes as a one-dimensional uint8 array, aligned to `ALIGNMENT`.
+
+        Raises
+        ------
+        OutOfDeviceMemory
+            When the device has not that much.
+        """
+
+    @abstractmethod
+    def view(self, memory: Any, byte_offset: int, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Make a typed, C-contiguous view at a byte offset of allocated bytes."""
+
+    @abstractmethod
+    def copy_in(self, destination: Any, source: np.ndarray[Any, Any]) -> None:
+        """Copy a host array into an array of this framework, in place; shapes and dtypes equal."""
+
+    @abstractmethod
+    def copy_out(self, array: Any) -> np.ndarray[Any, Any]:
+        """Copy an array to new host memory; blocks until the bytes are there."""
+
+    @abstractmethod
+    def copy_across(self, destination: Any, source: Any) -> None:
+        """Copy between two arrays of this framework, on any of its devices, in place."""
+
+    # --- exchange ----------------------------------------------------------------------------
+
+    @abstractmethod
+    def obstacle(self, facts: ArrayFacts) -> Obstacle | None:
+        """Say why this framework cannot share such an array of another one, if so."""
+
+    @abstractmethod
+    def share(self, array: Any, facts: ArrayFacts) -> Any:
+        """Import an array of another framework without a copy.
+
+        Called only where `obstacle` found nothing. The core compares the result with `facts`.
+        """
+
+    @abstractmethod
+    def duplicate(self, array: Any) -> Any:
+        """Copy an array of this framework into new, aligned, compact memory on its device.
+
+        Conjugate and negative bits are resolved, gradients detached.
+        """
+
+    def share_fast(self, array: Any, source: str) -> Any | None:
+        """Import an everyday array at full speed, verified, or return None.
+
+        None means only that the array is not of the everyday kind: the core then takes the
+        general way, which explains itself.
+        """
+        return None
+
+    # --- views of driver memory --------------------------------------------------------------
+
+    def may_cache(self, view: Any) -> bool:
+        """Tell whether a view just made may be kept: not one made under a mode or a transform."""
+        return True
+
+    def is_pristine(self, view: Any) -> bool:
+        """Tell whether a cached view is still as it was made."""
+        return True
+
+    def renewed(self, view: Any) -> Any:
+        """Make a cached view anew that is no longer pristine."""
+        return view
+
+    def index(self, view: Any, key: Any) -> Any:
+        """Take a basic slice of a view, as a view even where it has no axes."""
+        return view[key]
+
+    def reinterpret(self, view: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
+        """See the bytes of a C-contiguous view as another dtype and shape."""
+        raise DTypeError(f"{self.name} cannot see memory as another dtype")
+
+    def exporting(self, device: Device) -> AbstractContextManager[Any]:
+        """Enter what exporting an array of a device needs around it."""
+        return nullcontext()
+
+    def writing(self) -> AbstractContextManager[Any]:
+        """Enter what a step of this framework needs around it, such as no_grad."""
+        return nullcontext()
+
+    def mark_written(self, view: Any) -> None:
+        """Tell the framework that memory of a view changed behind its back."""
+
+    def overlaps(self, first: Any, second: Any) -> bool:
+        """Tell whether two arrays of this framework may share memory."""
+        return True
+
+    def order(self, device: Device) -> Order:
+        """Give the ordering of native work on a device."""
+        return Order()
+
+    def stream(self, device: Device) -> Any:
+        """Give a `CommandStream` for a device."""
+        from rlx_driver.stream import SyncStream
+
+        return SyncStream()
+
+
+class FunctionalBackend(Backend):
+    """A backend whose arrays are immutable and whose updates donate their input.
+
+    A *lease* is such an array over memory that the framework does not own and may nevertheless
+    be donated: the result of the donated program then lies at the same address.
+    """
+
+    @abstractmethod
+    def lease(self, native: Any, facts: ArrayFacts) -> Any:
+        """Import native memory as an array that may be donated in place."""
+
+    @abstractmethod
+    def can_lease(self, device: Device) -> bool:
+        """Tell whether donation of leased memory stays in place here (a probe, run once)."""
+
+    functional: ClassVar[bool] = True
+
+    is_dead: Callable[[Any], bool]
+    """Tells whether an array was deleted or donated. An attribute, for it is on the hot path."""
+
+    donated_address: Callable[[Any], int]
+    """Gives the address of a result whose input was really donated; never waits."""
+
+    wait_one: Callable[[Any], Any]
+    """Blocks until one array is computed; raises the error of its computation."""
+
+    trace_state_clean: Callable[[], bool]
+    """Tells whether the calling thread is outside every trace; inside, a view is baked in."""
+
+    plain_arguments: frozenset[type]
+    """Types of arguments that a step may take as they are."""
+
+    @abstractmethod
+    def owned(self, device: Device, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        """Allocate an array of zero bytes that the framework owns."""
+
+    @abstractmethod
+    def address(self, array: Any) -> int:
+        """Give the address of an array, safely: waits first where asking could hang."""
+
+    @abstractmethod
+    def wait(self, arrays: Any) -> None:
+        """Block until an array, or each of a list, is computed; raises the computation's error."""
+
+    @abstractmethod
+    def is_ready(self, array: Any) -> bool:
+        """Tell whether an array's value is there."""
+
+    @abstractmethod
+    def fence(self, arrays: list[Any]) -> list[Any]:
+        """Donate arrays to the identity.
+
+        The results, over the same memory, are ready only after every earlier reader of the
+        arrays; the arrays are dead. An array that something else still holds survives, and its
+        result lies elsewhere: the caller checks with `is_dead`.
+        """
+
+    def shows_current_bytes(self, array: Any) -> bool:
+        """Tell whether an array has kept no host copy of bytes that others may have changed."""
+        return True
+
+    @abstractmethod
+    def flatten(self, tree: Any) -> tuple[list[Any], Any]:
+        """Take a tree apart: its leaves and its structure."""
+
+    @abstractmethod
+    def unflatten(self, structure: Any, leaves: list[Any]) -> Any:
+        """Put a tree together again."""
+
+    @abstractmethod
+    def compiled_step(
+        self, step: Callable[..., Any], structure: Any, has_aux: bool, static: tuple[int, ...]
+    ) -> Callable[..., Any]:
+        """Give the donating, checking program for a step.
+
+        It takes the state first: one array when `structure` is None, else a flat list; and
+        returns ``(state, aux)`` of that same form.
+        """
+
+    @abstractmethod
+    def argument(self, value: Any) -> Any:
+        """Make an argument of a step safe: NumPy arrays are copied, since they are read later.
+
+        Buffers in it, known by ``__rlx_array__``, become their views.
+        """
+
+
+def require_memory(nbytes: int, info: MemoryInfo, device: Device) -> None:
+    """Refuse an allocation that the device could never hold.
+
+    Raises
+    ------
+    OutOfDeviceMemory
+        When `nbytes` exceeds the device's total memory.
+    """
+    if nbytes > info.total:
+        raise OutOfDeviceMemory(
+            f"{nbytes:,} bytes were asked for on {device}, which has {info.total:,} in all "
+            f"({info.free:,} free, {info.in_use:,} in use by the driver); ask for less"
+        )

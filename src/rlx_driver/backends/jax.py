@@ -1,0 +1,536 @@
+"""JAX: the memory of TPUs, and leases that JAX updates in place on memory of others."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlx_driver import dlpack
+from rlx_driver.backends import _jax_dlpack, _jax_stream
+from rlx_driver.backends._jax_steps import StepCache
+from rlx_driver.backends._numpy_pointer import pointer
+from rlx_driver.backends.base import (
+    ArrayFacts,
+    FunctionalBackend,
+    Obstacle,
+    accounting,
+    require_memory,
+    row_major_strides,
+)
+from rlx_driver.device import Device, MemoryInfo
+from rlx_driver.dtypes import TABLE, info
+from rlx_driver.errors import OutOfDeviceMemory, UnknownFrameworkError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+    from types import ModuleType
+
+__all__ = ["JaxBackend"]
+
+_CPU = Device("cpu")
+_KIND = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "rocm": "rocm", "tpu": "tpu"}
+_PLATFORM = {"cpu": "cpu", "cuda": "cuda", "rocm": "rocm", "tpu": "tpu"}
+_HOST_ALIGNMENT = 64
+
+_SHARED = {row.dtype for row in TABLE.values() if row.jax is not None and row.dlpack is not None}
+_EVERYDAY = {dtype for dtype in _SHARED if TABLE[dtype].numpy_exports}
+_WIDE = {np.dtype(t) for t in ("int64", "uint64", "float64", "complex128")}
+
+_fence = jax.jit(lambda arrays: arrays, donate_argnums=0, keep_unused=True)
+
+
+def _replaced(old: Any, new: Any) -> Any:
+    # The barrier keeps XLA from handing `new` through: its value is to land in `old`'s memory.
+    return jax.lax.optimization_barrier((new, old))[0]
+
+
+_replace = jax.jit(_replaced, donate_argnums=0, keep_unused=True)
+
+
+class JaxBackend(FunctionalBackend):
+    """JAX arrays: immutable, asynchronous, updated by donation."""
+
+    name: ClassVar[str] = "jax"
+    packages: ClassVar[tuple[str, ...]] = ("jax", "jaxlib")
+    kinds: ClassVar[tuple[str, ...]] = ("tpu",)
+
+    def __init__(self) -> None:
+        self._private = _jax_dlpack.probe()
+        self._steps = StepCache()
+        self._leases: dict[str, bool] = {}
+        self._lock = threading.Lock()
+        self._cpu = jax.devices("cpu")[0]
+        array_type = type(jnp.zeros((), np.float32))
+        self.plain_arguments = frozenset({bool, int, float, complex, type(None), array_type})
+        self.is_dead = array_type.is_deleted
+        self.wait_one = array_type.block_until_ready
+        self.donated_address = array_type.unsafe_buffer_pointer
+        self.trace_state_clean = _probe_trace_state()
+
+    # --- what there is
+
+    def devices(self, kind: str) -> list[Device]:
+        """List JAX's local devices of a kind."""
+        try:
+            found = jax.local_devices(backend=_PLATFORM[kind])
+        except (KeyError, RuntimeError):
+            return []
+        return [Device(kind, i) for i in range(len(found))]
+
+    def jax_device(self, device: Device) -> Any:
+        """Give JAX's object for a device."""
+        return jax.local_devices(backend=_PLATFORM[device.kind])[device.index]
+
+    def namespace(self) -> ModuleType:
+        """Give jax.numpy, which is an Array API namespace by itself."""
+        return jnp
+
+    def owns(self, obj: Any) -> bool:
+        """Tell whether an object is a JAX array or a tracer of one."""
+        return isinstance(obj, jax.Array)
+
+    def device_of(self, array: Any) -> Device:
+        """Tell where an array lives; for a sharded one, its first device."""
+        if isinstance(array, jax.core.Tracer):
+            raise UnknownFrameworkError(
+                "a traced JAX array lives nowhere yet: ask outside the traced function"
+            )
+        place = min(array.devices(), key=lambda d: d.id)
+        kind = _KIND.get(place.platform)
+        if kind is None:
+            raise UnknownFrameworkError(
+                f"JAX platform {place.platform} has no device kind of the driver"
+            )
+        return Device(kind, place.local_hardware_id or 0)
+
+    def facts(self, array: Any) -> ArrayFacts:
+        """Describe an array; waits until it is computed, where its address needs that."""
+        obstacle = _jax_obstacle(array)
+        shape = tuple(array.shape)
+        if obstacle is not None:
+            return ArrayFacts(0, shape, (), np.dtype(bool), _CPU, obstacle=obstacle)
+        dtype = np.dtype(array.dtype)
+        if dtype not in _SHARED:
+            text = f"its dtype is {dtype.name}, for which JAX has no DLPack form"
+            remedy = "convert it with .astype first; " + info(dtype).note
+            obstacle = Obstacle("dtype", text, remedy, copyable=False)
+        return ArrayFacts(
+            self.address(array) if array.size else 0,
+            shape,
+            _strides(array, dtype.itemsize),
+            dtype,
+            self.device_of(array),
+            immutable=True,
+            obstacle=obstacle,
+        )
+
+    def memory(self, device: Device) -> MemoryInfo:
+        """Give the memory of a device as JAX's allocator counts it."""
+        if device.is_host:
+            return _CPU.memory()
+        stats = self.jax_device(device).memory_stats() or {}
+        total = int(stats.get("bytes_limit", 0))
+        return MemoryInfo(
+            total, total - int(stats.get("bytes_in_use", 0)), accounting.in_use(device)
+        )
+
+    # --- bytes
+
+    def allocate(self, device: Device, nbytes: int) -> Any:
+        """Allocate zero bytes that JAX owns; JAX chooses the alignment (64 on the host)."""
+        return self.owned(device, (nbytes,), np.dtype(np.uint8))
+
+    def owned(self, device: Device, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        """Allocate an array of zero bytes that JAX owns.
+
+        Raises
+        ------
+        OutOfDeviceMemory
+            When the device has not that much.
+        """
+        nbytes = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        room = self.memory(device)
+        if room.total:
+            require_memory(nbytes, room, device)
+        bits = np.dtype(f"u{dtype.itemsize}") if dtype.itemsize <= 8 else dtype
+
+        def zeros() -> Any:
+            if dtype == np.bool_ or dtype.kind in "c":
+                return jnp.zeros(shape, dtype)
+            # By way of integers: the zero bytes of float8_e8m0fnu are 2**-127, not zero.
+            return jax.lax.bitcast_convert_type(jnp.zeros(shape, bits), dtype)
+
+        try:
+            with jax.default_device(self.jax_device(device)):
+                array = jax.block_until_ready(jax.jit(zeros)())
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise OutOfDeviceMemory(
+                f"{nbytes:,} bytes were asked for on {device}, of which JAX says: {error}"
+            ) from error
+        return array
+
+    def view(self, memory: Any, byte_offset: int, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Read a typed array out of bytes; JAX has no views, so this copies."""
+        dtype = np.dtype(dtype)
+        size = dtype.itemsize
+        count = size * int(np.prod(shape, dtype=np.int64))
+        raw = memory[byte_offset : byte_offset + count]
+        if dtype == np.bool_:
+            return raw.reshape(shape).astype(bool)
+        if size > 1:
+            raw = raw.reshape(*shape, size)
+        return jax.lax.bitcast_convert_type(raw, dtype).reshape(shape)
+
+    def copy_in(self, destination: Any, source: np.ndarray[Any, Any]) -> Any:
+        """Put a host array in the memory of an array; returns the one that now holds it."""
+        place = next(iter(destination.devices()))
+        # A private copy: JAX reads NumPy memory later than the call that passes it.
+        return self.copy_across(destination, jax.device_put(np.array(source), place))
+
+    def copy_out(self, array: Any) -> np.ndarray[Any, Any]:
+        """Copy an array to new host memory; blocks until it is computed."""
+        return np.array(array)
+
+    def copy_across(self, destination: Any, source: Any) -> Any:
+        """Put an array in the memory of another; returns the one that now holds it."""
+        place = next(iter(destination.devices()))
+        return _replace(destination, jax.device_put(source, place))
+
+    # --- exchange
+
+    def obstacle(self, facts: ArrayFacts) -> Obstacle | None:
+        """JAX needs a dtype it keeps, compact strides and, on the host, aligned memory."""
+        if facts.dtype not in _SHARED:
+            return Obstacle(
+                "dtype",
+                f"JAX has no DLPack form of {info(facts.dtype).name}",
+                "convert it to a dtype that JAX shares, or view its bytes as uint8",
+                copyable=False,
+            )
+        if facts.dtype in _WIDE and not jax.config.jax_enable_x64:
+            return Obstacle(
+                "x64",
+                f"JAX would narrow {facts.dtype.name} to 32 bits, which changes values, because "
+                "x64 is off",
+                "set jax_enable_x64, or convert it to a 32-bit dtype on purpose",
+                copyable=False,
+            )
+        if facts.device.kind not in _KIND.values():
+            return Obstacle(
+                "device", f"it lives on {facts.device}", "copy it to the host first", False
+            )
+        if not _is_dense(facts):
+            return Obstacle(
+                "strides",
+                f"its strides {facts.strides} leave gaps or repeat, and JAX arrays are compact",
+                "copy it (copy=None), or share the whole and slice in JAX",
+            )
+        if facts.device.is_host and facts.address % _HOST_ALIGNMENT:
+            return Obstacle(
+                "alignment",
+                f"its address {facts.address:#x} is not aligned to the {_HOST_ALIGNMENT} bytes "
+                "that JAX needs on the host",
+                "allocate it aligned (rlx_driver.Buffer.empty(...).numpy()), or copy it (copy=None)",
+            )
+        return None
+
+    def share(self, array: Any, facts: ArrayFacts) -> Any:
+        """Import memory of any framework as an immutable array; donating it copies."""
+        return self._import(array, facts, None)
+
+    def _import(self, array: Any, facts: ArrayFacts, copy: bool | None) -> Any:
+        if isinstance(array, np.ndarray):
+            # Read-only memory is shared too: JAX writes to it only by way of a lease.
+            never_written = facts.read_only and copy is not True
+            if self._private is not None:
+                capsule = dlpack.capsule_of(array, never_written=never_written)
+                return self._private.import_capsule(capsule, self._cpu, copy)
+            exporter = dlpack.HostExporter(array, never_written=never_written)
+            return jnp.from_dlpack(exporter, copy=copy)
+        return jnp.from_dlpack(array, copy=copy if facts.device.is_host else None)
+
+    def share_fast(self, array: Any, source: str) -> Any | None:
+        """Import a compact, aligned NumPy array or host tensor."""
+        private = self._private
+        if private is None:
+            return None
+        if source == "numpy":
+            address = pointer(array)
+            dtype = array.dtype
+            if not array.flags.carray:
+                return None
+        elif source == "torch":
+            if array.requires_grad or array.device.type != "cpu" or not array.is_contiguous():
+                return None
+            from rlx_driver.registry import registry
+
+            facts = registry.get("torch").facts(array)
+            if facts.obstacle is not None:
+                return None
+            address, dtype = facts.address, facts.dtype
+        else:
+            return None
+        if (
+            address % _HOST_ALIGNMENT
+            or dtype not in (_EVERYDAY if source == "numpy" else _SHARED)
+            or (dtype in _WIDE and not jax.config.jax_enable_x64)
+            or 0 in array.shape
+        ):
+            return None
+        shared = private.import_capsule(array.__dlpack__(), self._cpu, None)
+        if (
+            shared.unsafe_buffer_pointer() != address
+            or shared.shape != array.shape
+            or shared.dtype != dtype
+        ):
+            return None
+        return shared
+
+    def numpy_view(self, array: Any) -> np.ndarray[Any, Any] | None:
+        """Give a verified read-only NumPy view of an array on one host device, or None."""
+        if isinstance(array, jax.core.Tracer) or array.is_deleted():
+            return None
+        if not array.is_fully_addressable or len(devices := array.devices()) != 1:
+            return None
+        if next(iter(devices)).platform != "cpu" or array.dtype not in _SHARED:
+            return None
+        view = np.asarray(array)  # waits, so that asking for the address below is safe
+        if not view.size or array.unsafe_buffer_pointer() != pointer(view):
+            return None
+        return view
+
+    def torch_view(self, array: Any, dtypes: dict[Any, Any]) -> Any | None:
+        """Give a verified torch view of an array on one host device, or None."""
+        private = self._private
+        if private is None or isinstance(array, jax.core.Tracer) or array.is_deleted():
+            return None
+        theirs = dtypes.get(array.dtype)
+        if theirs is None or not array.size or len(devices := array.devices()) != 1:
+            return None
+        if next(iter(devices)).platform != "cpu":
+            return None
+        import torch.utils.dlpack
+
+        tensor = torch.utils.dlpack.from_dlpack(private.export(array))
+        if (
+            tensor.data_ptr() != array.unsafe_buffer_pointer()
+            or tensor.dtype is not theirs
+            or tensor.shape != array.shape
+        ):
+            return None
+        return tensor
+
+    def duplicate(self, array: Any) -> Any:
+        """Copy an array into new memory of its device."""
+        return jnp.array(array, copy=True)
+
+    def may_cache(self, view: Any) -> bool:
+        """Tell whether an array is a real one."""
+        return not isinstance(view, jax.core.Tracer)
+
+    # --- leases
+
+    def lease(self, native: Any, facts: ArrayFacts) -> Any:
+        """Import native memory so that donating the array writes in place.
+
+        On the host this is JAX's ``copy=True`` import, which aliases an aligned source; on CUDA
+        the plain import. The core checks the address of every result.
+        """
+        if facts.device.is_host:
+            return self._import(native, facts, True)
+        return jnp.from_dlpack(native)
+
+    def can_lease(self, device: Device) -> bool:
+        """Probe, once a kind, whether a donated lease is updated in place."""
+        known = self._leases.get(device.kind)
+        if known is None:
+            known = self._leases[device.kind] = self._probe_lease(device)
+        return known
+
+    def _probe_lease(self, device: Device) -> bool:
+        if device.kind not in ("cpu", "cuda") or self.devices(device.kind) == []:
+            return False
+        native_backend = device.backend
+        memory = native_backend.allocate(device, 256)
+        native = native_backend.view(memory, 0, (64,), np.dtype(np.float32))
+        facts = native_backend.facts(native)
+        try:
+            leased = self.lease(native, facts)
+            step = jax.jit(lambda x: x + 1, donate_argnums=0, keep_unused=True)
+            with jax.disable_jit(False):
+                result = jax.block_until_ready(step(leased))
+        except (TypeError, ValueError, RuntimeError, BufferError):
+            return False
+        return bool(leased.is_deleted() and self.address(result) == facts.address)
+
+    def address(self, array: Any) -> int:
+        """Give the address of an array.
+
+        Asking a pending host array that was not donated for its pointer can hang for ever: JAX
+        waits with the interpreter's lock held. So wait for it first, without.
+        """
+        if next(iter(array.devices())).platform == "cpu":
+            array.block_until_ready()
+        return int(array.unsafe_buffer_pointer())
+
+    def wait(self, arrays: Any) -> None:
+        """Block until an array, or each of a list, is computed."""
+        if isinstance(arrays, list):
+            jax.block_until_ready(arrays)
+        else:
+            arrays.block_until_ready()
+
+    def is_ready(self, array: Any) -> bool:
+        """Tell whether an array is computed."""
+        return bool(array.is_ready())
+
+    def fence(self, arrays: list[Any]) -> list[Any]:
+        """Donate arrays to the identity: the results are ready after every earlier reader."""
+        if jax.config.jax_disable_jit:  # would make the fence a silent no-op
+            with jax.disable_jit(False):
+                return list(_fence(arrays))
+        if len(arrays) > 8:
+            return list(_fence(arrays))
+        # One by one: few programs to compile, however the arrays are combined.
+        return [_fence([array])[0] for array in arrays]
+
+    def shows_current_bytes(self, array: Any) -> bool:
+        """Tell whether an array has not kept the host copy that a fetch from a GPU leaves in it.
+
+        The attribute is private; without it every array is taken for one that has.
+        """
+        return getattr(array, "_npy_value", array) is None
+
+    # --- updates
+
+    def flatten(self, tree: Any) -> tuple[list[Any], Any]:
+        """Take a pytree apart; None is no leaf."""
+        return jax.tree_util.tree_flatten(tree)  # type: ignore[no-any-return]
+
+    def unflatten(self, structure: Any, leaves: list[Any]) -> Any:
+        """Put a pytree together again."""
+        return jax.tree_util.tree_unflatten(structure, leaves)
+
+    def compiled_step(
+        self, step: Callable[..., Any], structure: Any, has_aux: bool, static: tuple[int, ...]
+    ) -> Callable[..., Any]:
+        """Give the donating, checking program of a step."""
+        return self._steps.get(step, structure, has_aux, static)
+
+    def argument(self, value: Any) -> Any:
+        """Copy NumPy arrays, in a tree too: a jitted call reads them after it has returned."""
+        kind = type(value)
+        if kind is np.ndarray:
+            return np.array(value)
+        if kind in self.plain_arguments:
+            return value
+        return jax.tree_util.tree_map(_snapshot, value)
+
+    def gpu_stream(self, index: int) -> int | None:
+        """Give the raw handle of JAX's compute stream on a CUDA device, or None."""
+        try:
+            device = jax.local_devices(backend="cuda")[index]
+        except (RuntimeError, IndexError):
+            return None
+        return _jax_stream.compute_stream(device)
+
+    def stream(self, device: Device) -> Any:
+        """Give a stream that tracks arrays."""
+        from rlx_driver.stream import JaxStream
+
+        return JaxStream(device)
+
+    def on_device(self, device: Device) -> AbstractContextManager[Any]:
+        """Make a device the default for new arrays."""
+        return jax.default_device(self.jax_device(device))  # type: ignore[no-any-return]
+
+
+def _snapshot(leaf: Any) -> Any:
+    if isinstance(leaf, np.ndarray):
+        return np.array(leaf)
+    give = getattr(leaf, "__rlx_array__", None)
+    return leaf if give is None else give("jax")
+
+
+def _probe_trace_state() -> Callable[[], bool]:
+    try:
+        from jax._src.core import trace_state_clean
+
+        inside: list[bool] = []
+        jax.eval_shape(lambda: inside.append(trace_state_clean()))
+        if trace_state_clean() and inside == [False]:
+            return trace_state_clean  # type: ignore[no-any-return]
+    except (ImportError, TypeError):
+        pass
+    return slow_trace_state_clean
+
+
+def slow_trace_state_clean() -> bool:
+    """Tell by public means, in microseconds, that no trace is on: a constant is concrete."""
+    return not isinstance(jnp.zeros(()), jax.core.Tracer)
+
+
+def _jax_obstacle(array: Any) -> Obstacle | None:
+    if isinstance(array, jax.core.Tracer):
+        return Obstacle(
+            "trace",
+            "it is a traced value inside a JAX transformation and has no memory",
+            "exchange outside the traced function, or use jax.pure_callback inside",
+            copyable=False,
+        )
+    if array.is_deleted():
+        return Obstacle(
+            "trace", "it was deleted or donated", "use the result it was donated to", False
+        )
+    if len(array.devices()) != 1:
+        return Obstacle(
+            "device",
+            f"it is sharded over {len(array.devices())} devices",
+            "exchange its addressable_shards one by one",
+            copyable=False,
+        )
+    if jnp.issubdtype(array.dtype, jax.dtypes.extended):
+        return Obstacle(
+            "dtype",
+            f"its dtype is {array.dtype}, which only JAX has",
+            "use jax.random.key_data for keys",
+            copyable=False,
+        )
+    return None
+
+
+def _strides(array: Any, itemsize: int) -> tuple[int, ...]:
+    """Give byte strides; an imported array may keep a transposed layout."""
+    layout = getattr(getattr(array, "format", None), "layout", None)
+    order = getattr(layout, "major_to_minor", None)
+    if order is None or list(order) == sorted(order):
+        return row_major_strides(array.shape, itemsize)
+    strides = [0] * array.ndim
+    step = itemsize
+    for axis in reversed(order):
+        strides[axis] = step
+        step *= max(array.shape[axis], 1)
+    return tuple(strides)
+
+
+def _is_dense(facts: ArrayFacts) -> bool:
+    """Tell whether the elements fill their memory without gaps, in any order of the axes."""
+    step = facts.dtype.itemsize
+    if 0 in facts.shape:
+        return True
+    for stride, n in sorted(zip(facts.strides, facts.shape, strict=True)):
+        if n == 1:
+            continue
+        if stride != step:
+            return False
+        step *= n
+    return True
+
+

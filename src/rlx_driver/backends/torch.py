@@ -1,0 +1,384 @@
+"""torch: the memory of CUDA, ROCm and Metal devices, and views of host memory."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import array_api_compat.torch
+import numpy as np
+import torch
+
+from rlx_driver.backends._cuda_order import CudaOrder
+from rlx_driver.backends._numpy_pointer import pointer
+from rlx_driver.backends.base import (
+    ArrayFacts,
+    Backend,
+    Obstacle,
+    Order,
+    accounting,
+    require_memory,
+)
+from rlx_driver.device import Device, MemoryInfo
+from rlx_driver.dtypes import TABLE, info
+from rlx_driver.errors import DTypeError, OutOfDeviceMemory, UnknownFrameworkError, ZeroCopyError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+__all__ = ["TorchBackend"]
+
+_CPU = Device("cpu")
+_GPU_KIND = "rocm" if torch.version.hip else "cuda"
+_KIND = {"cpu": "cpu", "cuda": _GPU_KIND, "mps": "metal"}
+_TYPE = {"cpu": "cpu", "cuda": "cuda", "rocm": "cuda", "metal": "mps"}
+
+# NumPy dtype -> torch dtype, for what torch has; and back.
+_TO_TORCH: dict[np.dtype[Any], torch.dtype] = {
+    row.dtype: getattr(torch, row.torch)
+    for row in TABLE.values()
+    if row.torch is not None and row.dlpack is not None and hasattr(torch, row.torch)
+}
+_TO_NUMPY = {theirs: ours for ours, theirs in _TO_TORCH.items()}
+# What NumPy itself exports, and for the rest the unsigned integer of the same width.
+_EVERYDAY = {row.dtype: _TO_TORCH[row.dtype] for row in TABLE.values() if row.numpy_exports}
+_CARRIER = {1: (np.dtype(np.uint8), torch.uint8), 2: (np.dtype(np.uint16), torch.uint16)}
+
+_NO_DISPATCH = getattr(torch.Tensor, "__torch_dispatch__", None)
+
+# Private, so probed: without it, a view made inside a transform cannot be told and none is kept.
+_is_wrapped = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None)
+
+
+class TorchBackend(Backend):
+    """torch tensors; work on a GPU is ordered by torch's current stream."""
+
+    name: ClassVar[str] = "torch"
+    packages: ClassVar[tuple[str, ...]] = ("torch",)
+    kinds: ClassVar[tuple[str, ...]] = ("cuda", "rocm", "metal")
+
+    def devices(self, kind: str) -> list[Device]:
+        """List the GPUs that torch can use."""
+        if kind == _GPU_KIND:
+            return [Device(kind, i) for i in range(torch.cuda.device_count())]
+        if kind == "metal" and torch.backends.mps.is_available():
+            return [Device("metal")]
+        return []
+
+    def namespace(self) -> ModuleType:
+        """Give array-api-compat's torch."""
+        return array_api_compat.torch  # type: ignore[no-any-return]
+
+    def owns(self, obj: Any) -> bool:
+        """Tell whether an object is a tensor."""
+        return isinstance(obj, torch.Tensor)
+
+    def device_of(self, array: Any) -> Device:
+        """Tell where a tensor lives."""
+        place = array.device
+        if place.type == "cpu":
+            return _CPU
+        kind = _KIND.get(place.type)
+        if kind is None:
+            raise UnknownFrameworkError(f"torch device {place} has no device kind of the driver")
+        return Device(kind, place.index or 0)
+
+    def facts(self, array: torch.Tensor) -> ArrayFacts:
+        """Describe a tensor; a tensor without memory of its own gets an obstacle."""
+        obstacle = _torch_obstacle(array)
+        if obstacle is not None and obstacle.kind in ("trace", "protocol"):
+            place = _CPU if array.device.type in ("meta", "cpu") else self.device_of(array)
+            return ArrayFacts(0, tuple(array.shape), (), np.dtype(bool), place, obstacle=obstacle)
+        dtype = _TO_NUMPY.get(array.dtype)
+        if dtype is None:
+            text = f"its dtype is {array.dtype}, which other frameworks do not have or misread"
+            obstacle = Obstacle("dtype", text, "convert it with .to(dtype) first", False)
+            dtype = np.dtype(bool)
+        size = array.element_size()
+        return ArrayFacts(
+            array.data_ptr(),
+            tuple(array.shape),
+            tuple(stride * size for stride in array.stride()),
+            dtype,
+            self.device_of(array),
+            obstacle=obstacle,
+        )
+
+    def memory(self, device: Device) -> MemoryInfo:
+        """Give the memory of a device; free is what the driver of the GPU says."""
+        in_use = accounting.in_use(device)
+        if device.kind == "metal":
+            total = int(torch.mps.recommended_max_memory())
+            return MemoryInfo(total, total - int(torch.mps.driver_allocated_memory()), in_use)
+        free, total = torch.cuda.mem_get_info(device.index)
+        return MemoryInfo(total, free, in_use)
+
+    def allocate(self, device: Device, nbytes: int) -> torch.Tensor:
+        """Allocate zero bytes by torch's own allocator, which aligns to 512."""
+        room = self.memory(device)
+        require_memory(nbytes, room, device)
+        try:
+            memory = torch.zeros(nbytes, dtype=torch.uint8, device=_place(device))
+        except torch.OutOfMemoryError as error:
+            raise OutOfDeviceMemory(
+                f"{nbytes:,} bytes were asked for on {device}, which has {room.free:,} of "
+                f"{room.total:,} free.{_preallocation_hint()} torch says: {error}"
+            ) from error
+        accounting.add(device, nbytes, memory.untyped_storage())
+        return memory
+
+    def view(
+        self, memory: torch.Tensor, byte_offset: int, shape: tuple[int, ...], dtype: Any
+    ) -> torch.Tensor:
+        """Make a typed view at a byte offset."""
+        count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        typed = memory[byte_offset : byte_offset + count].view(_TO_TORCH[np.dtype(dtype)])
+        return typed.reshape(shape)
+
+    def copy_in(self, destination: torch.Tensor, source: np.ndarray[Any, Any]) -> None:
+        """Copy host memory into a tensor in place, on the current stream; blocks for pageable."""
+        self.copy_across(destination, self.share(source, _host_facts(source)))
+
+    def copy_out(self, array: torch.Tensor) -> np.ndarray[Any, Any]:
+        """Copy a tensor to new host memory; blocks until it is there."""
+        # reshape: a zero-stride or transposed tensor becomes compact on its device first
+        plain = array.detach().resolve_conj().resolve_neg().contiguous()
+        return self.numpy_of(plain.to("cpu", copy=True))
+
+    def copy_across(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy between tensors in place, on the current stream."""
+        with torch.no_grad():
+            destination.copy_(source)
+
+    def obstacle(self, facts: ArrayFacts) -> Obstacle | None:
+        """Torch needs a dtype it has, strides it can say, and memory it may write."""
+        if facts.dtype not in _TO_TORCH:
+            return Obstacle(
+                "dtype",
+                f"torch has no {info(facts.dtype).name}",
+                "convert it to a dtype that torch has, or view its bytes as uint8",
+                copyable=False,
+            )
+        if facts.device.kind not in _TYPE:
+            return Obstacle(
+                "device", f"it lives on {facts.device}", "copy it to the host first", False
+            )
+        if any(stride < 0 for stride in facts.strides):
+            return Obstacle(
+                "strides",
+                f"its strides {facts.strides} are negative and torch has none",
+                "copy it (copy=None), or flip it in torch after sharing",
+            )
+        size = facts.dtype.itemsize
+        if any(stride % size for stride in facts.strides):
+            return Obstacle(
+                "strides",
+                f"its strides {facts.strides} are no multiples of the item size {size}",
+                "copy it (copy=None)",
+            )
+        if facts.address % size:
+            return Obstacle(
+                "alignment",
+                f"its address {facts.address:#x} is not aligned to its item size {size}",
+                "copy it (copy=None)",
+            )
+        if facts.read_only:
+            return Obstacle(
+                "read-only",
+                "it is read-only and a torch tensor is always writable",
+                "copy it (copy=None), or make it writable if it is yours",
+            )
+        return None
+
+    def share(self, array: Any, facts: ArrayFacts) -> torch.Tensor:
+        """Import memory of any framework; a tensor made in inference mode is a normal one."""
+        with _normal_mode():
+            if isinstance(array, np.ndarray):
+                theirs = _TO_TORCH[facts.dtype]
+                if facts.dtype in _EVERYDAY:
+                    return torch.from_numpy(array)
+                carrier = _CARRIER[facts.dtype.itemsize][0]
+                return torch.from_numpy(array.view(carrier)).view(theirs)
+            return torch.from_dlpack(array)
+
+    def share_fast(self, array: Any, source: str) -> torch.Tensor | None:
+        """Import a compact, writable NumPy array or a finished JAX array."""
+        if source == "numpy":
+            theirs = _EVERYDAY.get(array.dtype)
+            if theirs is None or not array.flags.carray:
+                return None
+            tensor = torch.from_numpy(array)
+            if (
+                type(tensor) is not torch.Tensor
+                or tensor.data_ptr() != pointer(array)
+                or tensor.dtype is not theirs
+                or tensor.shape != array.shape
+                or not tensor.is_contiguous()
+            ):
+                return None
+            return tensor
+        from rlx_driver.registry import registry
+
+        give = getattr(registry.get(source), "torch_view", None)
+        return None if give is None else give(array, _TO_TORCH)
+
+    def numpy_view(self, tensor: torch.Tensor) -> np.ndarray[Any, Any] | None:
+        """Give a verified NumPy view of an everyday host tensor, or None."""
+        if (
+            tensor.requires_grad
+            or tensor.dtype not in _TO_NUMPY
+            or not tensor.is_contiguous()
+            or tensor.device.type != "cpu"
+            or type(tensor) is not torch.Tensor
+            or tensor.is_conj()
+            or tensor.is_neg()
+        ):
+            return None
+        view = self.numpy_of(tensor)
+        if pointer(view) != tensor.data_ptr() or view.shape != tensor.shape or not view.size:
+            return None
+        return view
+
+    def numpy_of(self, tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+        """Give a host tensor as NumPy sees it, narrow floats included."""
+        dtype = _TO_NUMPY[tensor.dtype]
+        if dtype in _EVERYDAY:
+            return tensor.numpy()
+        return tensor.view(_CARRIER[dtype.itemsize][1]).numpy().view(dtype)
+
+    def duplicate(self, array: torch.Tensor) -> torch.Tensor:
+        """Copy a tensor into new compact memory on its device, on the current stream."""
+        plain = array.detach().resolve_conj().resolve_neg()
+        fresh = torch.empty(plain.shape, dtype=plain.dtype, device=plain.device)
+        return fresh.copy_(plain)
+
+    def may_cache(self, view: torch.Tensor) -> bool:
+        """Tell whether a view is a plain tensor: no fake one, none of a transform or inference."""
+        return (
+            type(view) is torch.Tensor
+            and not view.is_inference()
+            and _is_wrapped is not None
+            and not _is_wrapped(view)
+        )
+
+    def is_pristine(self, view: torch.Tensor) -> bool:
+        """Tell whether a cached view takes no part in autograd."""
+        return not view.requires_grad
+
+    def renewed(self, view: torch.Tensor) -> torch.Tensor:
+        """Leave autograd: same memory, same version counter."""
+        return view.detach()
+
+    def index(self, view: torch.Tensor, key: Any) -> torch.Tensor:
+        """Take a basic slice; torch has no negative steps."""
+        try:
+            return view[key]
+        except ValueError as error:
+            raise ZeroCopyError(f"torch cannot slice by {key}: {error}") from error
+
+    def reinterpret(
+        self, view: torch.Tensor, dtype: np.dtype[Any], shape: tuple[int, ...]
+    ) -> torch.Tensor:
+        """See the bytes as another dtype and shape."""
+        return view.reshape(-1).view(_TO_TORCH[dtype]).view(shape)
+
+    def exporting(self, device: Device) -> AbstractContextManager[Any]:
+        """Make a GPU the current one: torch exports from no other."""
+        if device.kind in ("cuda", "rocm"):
+            return torch.cuda.device(device.index)
+        return nullcontext()
+
+    def overlaps(self, first: torch.Tensor, second: torch.Tensor) -> bool:
+        """Tell whether two tensors share a storage."""
+        ours, theirs = first.untyped_storage(), second.untyped_storage()
+        return ours.data_ptr() == theirs.data_ptr() and ours.nbytes() > 0
+
+    def writing(self) -> AbstractContextManager[Any]:
+        """Record no autograd graph."""
+        return torch.no_grad()
+
+    def mark_written(self, view: torch.Tensor) -> None:
+        """Raise the version counter, so that autograd refuses what it saved before."""
+        torch.autograd.graph.increment_version(view)
+
+    def order(self, device: Device) -> Order:
+        """Order by torch's current stream on CUDA."""
+        return CudaOrder(device) if device.kind == "cuda" else Order()
+
+    def stream(self, device: Device) -> Any:
+        """Give a stream of torch; on the host work is synchronous."""
+        from rlx_driver.stream import SyncStream, TorchStream
+
+        return SyncStream() if device.is_host else TorchStream(device)
+
+    def new_stream(self, device: Device) -> torch.cuda.Stream | None:
+        """Make a stream; Metal has only its one queue."""
+        return None if device.kind == "metal" else torch.cuda.Stream(_place(device))
+
+    def using_stream(self, stream: torch.cuda.Stream | None) -> AbstractContextManager[Any]:
+        """Make a stream the current one."""
+        return nullcontext() if stream is None else torch.cuda.stream(stream)
+
+    def synchronize(self, device: Device, stream: torch.cuda.Stream | None) -> None:
+        """Block until the work of a stream is done."""
+        if stream is None:
+            torch.mps.synchronize()
+        else:
+            stream.synchronize()
+
+
+def _torch_obstacle(array: torch.Tensor) -> Obstacle | None:
+    if array.requires_grad:
+        return Obstacle(
+            "requires_grad",
+            "it requires grad, and no other framework continues torch's graph",
+            "say .detach() first",
+            copyable=False,
+        )
+    # A subclass that only adds methods keeps torch's disabled dispatch; a wrapper defines its own.
+    dispatch = getattr(type(array), "__torch_dispatch__", None)
+    plain = dispatch is None or dispatch is _NO_DISPATCH
+    wrapped = _is_wrapped is not None and _is_wrapped(array)
+    if not plain or wrapped or array.device.type == "meta":
+        return Obstacle(
+            "trace",
+            f"it is a {type(array).__qualname__} without memory of its own (a fake, meta or "
+            "traced tensor, or a wrapper subclass)",
+            "exchange real tensors outside the mode or transform",
+            copyable=False,
+        )
+    if array.layout is not torch.strided:
+        return Obstacle(
+            "protocol", f"its layout is {array.layout}", "convert it with .to_dense()", False
+        )
+    if array.is_conj():
+        return Obstacle("conj", "its conjugate bit is set", "copy it, or .resolve_conj() first")
+    if array.is_neg():
+        return Obstacle("neg", "its negative bit is set", "copy it, or .resolve_neg() first")
+    return None
+
+
+def _normal_mode() -> AbstractContextManager[Any]:
+    # Entering inference_mode(False) costs microseconds, so only where it is needed.
+    if torch.is_inference_mode_enabled():
+        return torch.inference_mode(False)  # type: ignore[no-any-return]
+    return nullcontext()
+
+
+def _host_facts(source: np.ndarray[Any, Any]) -> ArrayFacts:
+    return ArrayFacts(pointer(source), source.shape, source.strides, source.dtype, _CPU)
+
+
+def _place(device: Device) -> torch.device:
+    return torch.device(_TYPE[device.kind], device.index)
+
+
+def _preallocation_hint() -> str:
+    import sys
+
+    if "jax" not in sys.modules:
+        return ""
+    return (
+        " JAX preallocates 75% of a GPU at its first use there: set "
+        "XLA_PYTHON_CLIENT_PREALLOCATE=false, or XLA_PYTHON_CLIENT_MEM_FRACTION, before JAX starts."
+    )

@@ -1,0 +1,86 @@
+"""The errors of the driver: each is a `DriverError` and the built-in a caller would expect.
+
+Every message says what was asked, what was found, and what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AccessTimeoutError",
+    "ClosedHandleError",
+    "DTypeError",
+    "DeviceUnavailableError",
+    "DriverError",
+    "DuplicateError",
+    "OutOfDeviceMemory",
+    "RecompilationWarning",
+    "ShapeError",
+    "StaleViewError",
+    "UnboundNameError",
+    "UnknownFrameworkError",
+    "UpdateFailedError",
+    "ZeroCopyError",
+]
+
+
+class DriverError(Exception):
+    """Base of every error the driver raises on purpose."""
+
+
+class ZeroCopyError(DriverError, BufferError):
+    """Memory cannot be shared (or taken over in place) and a copy was not allowed."""
+
+
+class DTypeError(DriverError, TypeError):
+    """A dtype is unknown, or the framework asked for has no counterpart of it."""
+
+
+class ShapeError(DriverError, ValueError):
+    """A shape, a tree of shapes or a number of elements does not fit."""
+
+
+class DuplicateError(ShapeError):
+    """A buffer, or memory of it, stands twice in a tree, or a name twice in a region."""
+
+
+class DeviceUnavailableError(DriverError, RuntimeError):
+    """A device, or the package that drives it, is missing on this machine."""
+
+
+class UnknownFrameworkError(DriverError, ValueError):
+    """No backend and no module of that name can take part in an exchange."""
+
+
+class ClosedHandleError(DriverError, ValueError):
+    """A buffer, handle or region was used after `close()`."""
+
+
+class OutOfDeviceMemory(DriverError, MemoryError):  # noqa: N818 - the contract's name
+    """An allocation is larger than the memory that is left on its device."""
+
+
+class StaleViewError(DriverError, RuntimeError):
+    """An accessor was asked for bytes that are changing, were given away, or belong elsewhere.
+
+    Raised inside a write scope, from a callback of the buffer's own update, under a JAX trace,
+    after a user's own donation that was never committed, and in a forked child.
+    """
+
+
+class AccessTimeoutError(DriverError, TimeoutError):
+    """A scope was not entered in time, because others held the buffer."""
+
+
+class UpdateFailedError(DriverError, RuntimeError):
+    """A donated program failed while it ran: the bytes of its buffers are undefined."""
+
+
+class UnboundNameError(DriverError, KeyError):
+    """A name has no value bound to it."""
+
+    def __str__(self) -> str:  # KeyError shows the repr of its argument
+        return str(self.args[0]) if self.args else ""
+
+
+class RecompilationWarning(UserWarning):
+    """The same step was traced again and again: pass one function object, with stable shapes."""

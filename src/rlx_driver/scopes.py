@@ -1,0 +1,129 @@
+"""The scopes ``read`` and ``write``, over one buffer or a tree of them, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rlx_driver.access import Access, acquire, fence, release
+from rlx_driver.backends.base import Backend, FunctionalBackend
+from rlx_driver.errors import ZeroCopyError
+from rlx_driver._exchange import resolve
+
+if TYPE_CHECKING:
+    from rlx_driver.buffer import Buffer
+
+__all__ = ["ReadScope", "WriteScope"]
+
+
+class _Scope:
+    """What both scopes are: buffers taken on entry, arrays given, buffers given back on exit."""
+
+    def __init__(
+        self,
+        buffers: Sequence[Buffer],
+        framework: str | ModuleType,
+        timeout: float | None,
+        rebuild: Callable[[list[Any]], Any] | None = None,
+    ) -> None:
+        self._buffers = buffers
+        self._target = resolve(framework)
+        self._timeout = timeout
+        self._rebuild = rebuild
+        self._accesses: list[Access] = []
+
+    def _materialised(self) -> list[Access]:
+        if self._accesses:
+            raise ZeroCopyError("a scope is entered once at a time: make another one")
+        for buffer in self._buffers:
+            buffer._materialise()
+        if len(self._buffers) == 1:
+            return [self._buffers[0]._access]
+        return list(dict.fromkeys(buffer._access for buffer in self._buffers))
+
+    def _given(self, arrays: list[Any]) -> Any:
+        return arrays[0] if self._rebuild is None else self._rebuild(arrays)
+
+
+class ReadScope(_Scope):
+    """Shared access for the time of a ``with`` block; see `Buffer.read`."""
+
+    def __enter__(self) -> Any:
+        accesses = self._materialised()
+        acquire((), accesses, timeout=self._timeout)
+        try:
+            if isinstance(self._target, FunctionalBackend):
+                arrays = [
+                    buffer._functional_view(self._target, in_scope=True) for buffer in self._buffers
+                ]
+            else:
+                for access in accesses:
+                    with access.lock:
+                        access.settle()
+                arrays = [buffer._mutable_view(self._target, in_scope=True) for buffer in self._buffers]
+            given = self._given(arrays)
+        except BaseException:
+            release((), accesses)
+            raise
+        self._accesses = accesses
+        return given
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        accesses, self._accesses = self._accesses, []
+        try:
+            if not isinstance(self._target, FunctionalBackend):
+                for access in accesses:
+                    if not access.synchronous:
+                        access.order.after_native()
+        finally:
+            release((), accesses)
+
+
+class WriteScope(_Scope):
+    """Exclusive access for the time of a ``with`` block; see `Buffer.write`."""
+
+    def __enter__(self) -> Any:
+        target = self._target
+        if isinstance(target, FunctionalBackend):
+            raise ZeroCopyError(
+                f"{target.name} arrays are immutable, so there is nothing to write through: use "
+                "update(step, ...), which changes the memory in place"
+            )
+        if not isinstance(target, Backend) and not hasattr(target, "from_dlpack"):
+            raise ZeroCopyError(f"{target!r} cannot see memory")
+        accesses = self._materialised()
+        acquire(accesses, timeout=self._timeout)
+        try:
+            fence(accesses)
+            for access in accesses:
+                if access.pending is not None or not access.synchronous:
+                    access.settle()
+            given = self._given(
+                [buffer._mutable_view(target, in_scope=True) for buffer in self._buffers]
+            )
+        except BaseException:
+            release(accesses)
+            raise
+        self._accesses = accesses
+        return given
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        accesses, self._accesses = self._accesses, []
+        try:
+            for access in accesses:
+                access.written()
+                if not access.synchronous:
+                    access.order.after_native()
+        finally:
+            release(accesses)
