@@ -4,6 +4,8 @@ It owns which device, which bytes, and in which order; the frameworks keep graph
 compilation. torch and JAX are imported the first time something asks for them, never before.
 """
 
+from rlx_driver._exchange import Explanation, exchange, explain
+from rlx_driver._ledger import ledger, no_copies
 from rlx_driver.buffer import Buffer
 from rlx_driver.device import Device, MemoryInfo, available_devices
 from rlx_driver.dtypes import DTypeInfo, dtype
@@ -23,9 +25,7 @@ from rlx_driver.errors import (
     UpdateFailedError,
     ZeroCopyError,
 )
-from rlx_driver._exchange import Explanation, exchange, explain
 from rlx_driver.handle import BufferHandle, HandleRegion, open_handles
-from rlx_driver._ledger import ledger, no_copies
 from rlx_driver.registry import register_backend
 from rlx_driver.stream import CommandStream, JaxStream, SyncStream, TorchStream, command_stream
 from rlx_driver.tree import commit, read, update, views, write

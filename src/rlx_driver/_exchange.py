@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from rlx_driver import dlpack
+from rlx_driver._ledger import ledger
 from rlx_driver.backends.base import ArrayFacts, Backend, Obstacle
 from rlx_driver.device import Device
 from rlx_driver.errors import DriverError, UnknownFrameworkError, ZeroCopyError
-from rlx_driver._ledger import ledger
 from rlx_driver.registry import registry
 
 __all__ = ["Explanation", "exchange", "explain", "resolve"]
@@ -124,15 +124,22 @@ def exchange(x: Any, framework: str | ModuleType, *, copy: bool | None = None) -
     >>> t is a
     True
     """
-    target = resolve(framework)
-    source = registry.for_array(x)
-    if source is not None and copy is not True and isinstance(target, Backend):
-        if source is target:
-            return x
-        shared = target.share_fast(x, source.name)
-        if shared is not None:
+    if copy is not True:
+        try:
+            lane = registry.lanes.get((type(x), framework))
+        except TypeError:  # not hashable, so no framework: `resolve` says so
+            lane = None
+        if lane is not None and (shared := lane(x)) is not None:
             ledger.count_exchange()
             return shared
+    target = resolve(framework)
+    source = registry.for_array(x)
+    if source is not None and isinstance(target, Backend):
+        if source is target and copy is not True:
+            return x
+        lane = target.lane_from(source.name) or source.lane_to(target.name)
+        if lane is not None:
+            registry.lanes[type(x), framework] = lane
     result = _exchange(x, source, target, copy)
     ledger.count_exchange()
     return result
@@ -250,9 +257,7 @@ def _exchange(
     return share_verified(fresh, fresh_source.facts(fresh), target)
 
 
-def _copied(
-    x: Any, source: Backend | None, facts: ArrayFacts, target: Backend | ModuleType
-) -> Any:
+def _copied(x: Any, source: Backend | None, facts: ArrayFacts, target: Backend | ModuleType) -> Any:
     """Copy an array once, to memory that the target can share."""
     if source is None:
         if facts.device.is_host:
@@ -264,17 +269,17 @@ def _copied(
     return source.duplicate(x)
 
 
-def _exchange_tracked(
-    x: Any, give: Any, target: Backend | ModuleType, copy: bool | None
-) -> Any:
+def _exchange_tracked(x: Any, give: Any, target: Backend | ModuleType, copy: bool | None) -> Any:
     """Give a Buffer: its tracked view, or a copy of that."""
     view = give(target if isinstance(target, ModuleType) else target.name)
     if copy is not True:
         return view
     ledger.will_copy(x.byte_size, "copy=True was asked for")
     backend = registry.for_array(view)
-    return _copied(view, backend, _foreign_facts(view), target) if backend is None else (
-        backend.duplicate(view)
+    return (
+        _copied(view, backend, _foreign_facts(view), target)
+        if backend is None
+        else (backend.duplicate(view))
     )
 
 
@@ -307,8 +312,11 @@ def _obstacle(facts: ArrayFacts, target: Backend | ModuleType) -> Obstacle | Non
     if isinstance(target, Backend):
         return target.obstacle(facts)
     if any(stride < 0 for stride in facts.strides):
-        return Obstacle("strides", "its strides are negative, which importers may abort on",
-                        "copy it (copy=None)")
+        return Obstacle(
+            "strides",
+            "its strides are negative, which importers may abort on",
+            "copy it (copy=None)",
+        )
     return None
 
 

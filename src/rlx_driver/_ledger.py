@@ -7,12 +7,15 @@ loop in `no_copies` and let the first copy raise.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from rlx_driver.errors import ZeroCopyError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
 __all__ = ["CopyCount", "Ledger", "LedgerCounts", "ledger", "no_copies"]
 

@@ -5,8 +5,10 @@ Used until JAX is loaded; then JAX's registry of pytrees, which users extend, ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["flatten", "unflatten"]
 

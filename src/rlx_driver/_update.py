@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from rlx_driver._exchange import exchange, resolve
+from rlx_driver._ledger import ledger
 from rlx_driver.access import (
     Access,
     Lease,
@@ -18,11 +18,12 @@ from rlx_driver.access import (
 )
 from rlx_driver.backends.base import Backend, FunctionalBackend
 from rlx_driver.errors import DTypeError, ShapeError, UpdateFailedError, ZeroCopyError
-from rlx_driver._exchange import exchange, resolve
-from rlx_driver._ledger import ledger
 from rlx_driver.registry import registry
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import ModuleType
+
     from rlx_driver.buffer import Buffer
 
 __all__ = ["update_many", "update_one"]
@@ -252,7 +253,7 @@ def _land_elsewhere(
         if not lease.is_dead(lease.array) or backend.donated_address(new) != lease.address
     ]
     # Waiting comes before asking for any address: see FunctionalBackend.address.
-    for buffer, lease, new in astray:
+    for buffer, _, new in astray:
         try:
             backend.wait(new)
         except Exception as error:
@@ -369,6 +370,7 @@ def _viewed(value: Any, target: Backend) -> Any:
 
 def _flattened(result: Any, tree: tuple[Any, Any, Any]) -> list[Any]:
     _, flatten, structure = tree
+    leaves: list[Any]
     leaves, found = flatten(result)
     if found != structure:
         raise ShapeError(

@@ -18,9 +18,9 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rlx_driver._ledger import ledger
 from rlx_driver.errors import (
     AccessTimeoutError,
     ClosedHandleError,
@@ -28,9 +28,10 @@ from rlx_driver.errors import (
     UpdateFailedError,
     ZeroCopyError,
 )
-from rlx_driver._ledger import ledger
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from rlx_driver.backends.base import Backend, FunctionalBackend, Order
 
 __all__ = ["Access", "Lease", "acquire", "acquire_one", "fence", "release", "release_one"]
@@ -399,9 +400,7 @@ def fence(accesses: Iterable[Access], keep: Sequence[Lease] = ()) -> None:
         _fence_one(backend, entries)
 
 
-def _fence_one(
-    backend: FunctionalBackend, entries: list[tuple[Access, Lease | None, Any]]
-) -> None:
+def _fence_one(backend: FunctionalBackend, entries: list[tuple[Access, Lease | None, Any]]) -> None:
     fresh = backend.fence([array for _, _, array in entries])
     held: Access | None = None
     ordered = []

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlx_driver import dtypes
+from rlx_driver._slices import shape_of
 from rlx_driver.access import Access
 from rlx_driver.backends.base import ALIGNMENT, Backend, FunctionalBackend
-from rlx_driver.buffer import Buffer, shape_of
+from rlx_driver.buffer import Buffer
 from rlx_driver.device import Device
 from rlx_driver.errors import (
     ClosedHandleError,
@@ -21,6 +21,9 @@ from rlx_driver.errors import (
     UnboundNameError,
 )
 from rlx_driver.registry import registry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
 __all__ = ["BufferHandle", "HandleRegion", "open_handles"]
 
@@ -92,9 +95,7 @@ class BufferHandle(Buffer):
             self._region = region
         self._region._add({name: self})
 
-    def _start(
-        self, name: str, shape: tuple[int, ...], dt: np.dtype[Any], device: Device
-    ) -> None:
+    def _start(self, name: str, shape: tuple[int, ...], dt: np.dtype[Any], device: Device) -> None:
         from rlx_driver.backends.base import ArrayFacts, Order, row_major_strides
 
         self._name = name

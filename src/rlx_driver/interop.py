@@ -28,8 +28,12 @@ class InteropMixin:
     __slots__ = ()
 
     if TYPE_CHECKING:
-        device: Device
 
+        @property
+        def device(self) -> Device: ...  # noqa: D102
+
+        @property
+        def dtype(self) -> np.dtype[Any]: ...  # noqa: D102
         def numpy(self) -> np.ndarray[Any, Any]: ...  # noqa: D102
         def torch(self) -> Any: ...  # noqa: D102
         def array(self, framework: Any) -> Any: ...  # noqa: D102
@@ -66,9 +70,7 @@ class InteropMixin:
         view = self.numpy()
         if dtype is not None and np.dtype(dtype) != view.dtype:
             if copy is False:
-                raise DTypeError(
-                    f"{view.dtype} cannot be seen as {np.dtype(dtype)} without a copy"
-                )
+                raise DTypeError(f"{view.dtype} cannot be seen as {np.dtype(dtype)} without a copy")
             return view.astype(dtype)
         return view.copy() if copy else view
 
@@ -120,7 +122,7 @@ class InteropMixin:
             raise ZeroCopyError(
                 f"strides {view.strides} are not contiguous: call to_host() for a compact copy"
             )
-        return memoryview(view.reshape(-1).view(np.uint8))
+        return memoryview(view.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
 
     def as_f32(self) -> np.ndarray[Any, Any]:
         """Give a host Buffer of float32 as a NumPy array; never converts.
@@ -132,10 +134,9 @@ class InteropMixin:
         DeviceUnavailableError
             Off the host.
         """
-        view_dtype = self.dtype  # type: ignore[attr-defined]
-        if view_dtype != np.float32:
+        if self.dtype != np.float32:
             raise DTypeError(
-                f"as_f32 sees float32 and this Buffer is {view_dtype.name}: convert a copy with "
+                f"as_f32 sees float32 and this Buffer is {self.dtype.name}: convert a copy with "
                 "numpy().astype('float32')"
             )
         return self.numpy()

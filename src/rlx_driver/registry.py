@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from rlx_driver.errors import DeviceUnavailableError, UnknownFrameworkError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from rlx_driver.backends.base import Backend
 
 __all__ = ["ENTRY_POINT_GROUP", "Registry", "register_backend", "registry"]
@@ -46,6 +47,8 @@ class Registry:
             self._packages = {p: name for name, row in _BUILTIN.items() for p in row[2]}
             self._kinds = {kind: name for name, row in _BUILTIN.items() for kind in row[3]}
             self._by_type: dict[type, Backend | None] = {}
+            # (array type, framework as the user wrote it) -> the fast way; kept by `exchange`.
+            self.lanes: dict[tuple[type, Any], Callable[[Any], Any]] = {}
             self._entry_points_read = False
 
     def register(
@@ -61,6 +64,7 @@ class Registry:
             self._factories[name] = factory
             self.loaded.pop(name, None)
             self._by_type.clear()
+            self.lanes.clear()
             self._packages.update(dict.fromkeys(packages, name))
             self._kinds.update(dict.fromkeys(kinds, name))
 

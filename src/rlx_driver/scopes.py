@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from rlx_driver._exchange import resolve
 from rlx_driver.access import Access, acquire, fence, release
 from rlx_driver.backends.base import Backend, FunctionalBackend
 from rlx_driver.errors import ZeroCopyError
-from rlx_driver._exchange import resolve
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import ModuleType, TracebackType
+
     from rlx_driver.buffer import Buffer
 
 __all__ = ["ReadScope", "WriteScope"]
@@ -61,7 +62,9 @@ class ReadScope(_Scope):
                 for access in accesses:
                     with access.lock:
                         access.settle()
-                arrays = [buffer._mutable_view(self._target, in_scope=True) for buffer in self._buffers]
+                arrays = [
+                    buffer._mutable_view(self._target, in_scope=True) for buffer in self._buffers
+                ]
             given = self._given(arrays)
         except BaseException:
             release((), accesses)

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlx_driver._exchange import exchange
+from rlx_driver._ledger import ledger
 from rlx_driver.access import Access, acquire, fence, release
 from rlx_driver.backends.base import ArrayFacts, Backend, FunctionalBackend
 from rlx_driver.errors import DTypeError, ShapeError, ZeroCopyError
-from rlx_driver._exchange import exchange
-from rlx_driver._ledger import ledger
 from rlx_driver.registry import registry
 
 if TYPE_CHECKING:
@@ -107,17 +107,10 @@ class TransferMixin:
 
 def _moved(source: Buffer, device: Device, reason: str) -> Buffer:
     source._materialise()
-    fresh = type_of_buffer().zeros(source.shape, source.dtype, device)
+    fresh = source._like(device)
     _copy(fresh, source, False, reason)
     fresh._access.epoch = 0
     return fresh
-
-
-def type_of_buffer() -> type[Buffer]:
-    """Give `Buffer`; this module is imported before it."""
-    from rlx_driver.buffer import Buffer
-
-    return Buffer
 
 
 def commit_all(buffers: Sequence[Buffer], values: Sequence[Any]) -> None:
@@ -208,12 +201,10 @@ def _copy(buffer: Buffer, x: Any, cast: bool, reason: str) -> None:
         release([access], reads)
 
 
-def _fitting(
-    buffer: Buffer, x: Any, native: Any, source: Backend | None, cast: bool
-) -> ArrayFacts:
+def _fitting(buffer: Buffer, x: Any, native: Any, source: Backend | None, cast: bool) -> ArrayFacts:
     """Check that a value fits, before anything is touched."""
     if native is not None:
-        facts = x._facts
+        facts: ArrayFacts = x._facts
     elif source is not None:
         facts = source.facts(x)
     else:
@@ -246,7 +237,9 @@ def _value(buffer: Buffer, x: Any, native: Any, source: Backend | None, reads: l
             return source.duplicate(array) if mine else array
         return source.copy_out(array) if buffer.device.is_host else array
     own = [lease.array for lease in buffer._access.leases.values()]
-    if source is not None and (any(x is array for array in own) or not _same_place(buffer, x, source)):
+    if source is not None and (
+        any(x is array for array in own) or not _same_place(buffer, x, source)
+    ):
         return source.copy_out(x)
     return exchange(x, buffer._backend.name, copy=None)
 

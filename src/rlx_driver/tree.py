@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
-from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlx_driver import _pytree
+from rlx_driver._exchange import resolve
+from rlx_driver._update import update_many
 from rlx_driver.backends.base import FunctionalBackend
 from rlx_driver.buffer import Buffer
 from rlx_driver.errors import DTypeError, DuplicateError, ShapeError
-from rlx_driver._exchange import resolve
 from rlx_driver.registry import registry
 from rlx_driver.scopes import ReadScope, WriteScope
 from rlx_driver.transfer import commit_all
-from rlx_driver._update import update_many
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import ModuleType
 
 __all__ = ["commit", "read", "update", "views", "write"]
 
@@ -113,7 +116,7 @@ def update(
     target = resolve(framework)
     if isinstance(target, FunctionalBackend):
         leaves, structure = target.flatten(tree)
-        buffers = _checked(leaves)
+        buffers: Sequence[Buffer] = _checked(leaves)
         flatten: Any = target.flatten
         unflatten: Any = target.unflatten
     else:
@@ -203,7 +206,7 @@ def _require_disjoint(buffers: list[Buffer]) -> None:
         spans.setdefault(id(buffer._access), []).append((facts.address, end, buffer))
     for group in spans.values():
         group.sort(key=lambda span: span[:2])
-        for (_, end, _first), (start, _, second) in zip(group, group[1:], strict=False):
+        for (_, end, _first), (start, _, second) in itertools.pairwise(group):
             same = _first is second
             if start < end or same:
                 raise DuplicateError(

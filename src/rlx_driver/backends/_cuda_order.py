@@ -8,15 +8,16 @@ JAX does not show its stream the host waits instead.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from rlx_driver.backends.base import Order
 from rlx_driver._ledger import ledger
+from rlx_driver.backends.base import Order
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rlx_driver.device import Device
 
 __all__ = ["CudaOrder"]

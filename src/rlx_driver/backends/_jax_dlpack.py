@@ -6,12 +6,15 @@ They are probed once; the public functions stay the way round.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import importlib
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["PrivateDlpack", "probe"]
 
@@ -25,18 +28,18 @@ class PrivateDlpack(NamedTuple):
     """Takes a single-device array; waits for it, and gives an unversioned capsule."""
 
 
-def probe(module: Any = None) -> PrivateDlpack | None:
+def probe(native: Any = None) -> PrivateDlpack | None:
     """Find the private functions and try them on memory; None when anything is unexpected."""
     try:
-        if module is None:
-            from jax._src.lib import _jax as module
+        if native is None:
+            native = importlib.import_module("jax._src.lib")._jax
         device = jax.devices("cpu")[0]
 
         def import_capsule(capsule: Any, device: Any, copy: bool | None) -> Any:
-            return module.dlpack_managed_tensor_to_buffer(capsule, device, None, copy, 1)
+            return native.dlpack_managed_tensor_to_buffer(capsule, device, None, copy, 1)
 
         def export(array: Any) -> Any:
-            return module.buffer_to_dlpack_managed_tensor(array, stream=None)
+            return native.buffer_to_dlpack_managed_tensor(array, stream=None)
 
         raw = np.zeros(256, np.uint8)
         start = -raw.__array_interface__["data"][0] % 64

@@ -28,7 +28,7 @@ Program = Callable[..., Any]
 
 
 def is_jitted(step: Any) -> bool:
-    """Tell whether a step is the product of ``jax.jit``: it can be lowered and has its own cache."""
+    """Tell whether a step is the product of ``jax.jit``, with a cache of its own."""
     return hasattr(step, "lower") and hasattr(step, "eval_shape")
 
 
@@ -199,9 +199,7 @@ def _checked(state: Any, structure: Any, new: Any) -> Any:
             f"a step returns its state with the structure it came in: {structure}; this one "
             f"returned {found}. To return more, pass has_aux=True. Nothing was changed"
         )
-    names = [
-        jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(new)[0]
-    ]
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(new)[0]]
     return [_checked_leaf(*each) for each in zip(state, leaves, names, strict=True)]
 
 

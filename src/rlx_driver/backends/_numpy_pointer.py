@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["choose", "pointer", "slow_pointer"]
 
@@ -28,7 +30,7 @@ def _fast_pointer(
     _read: Callable[[int], Any] = ctypes.c_size_t.from_address,
     _offset: int = _DATA_OFFSET,
 ) -> int:
-    return _read(id(array) + _offset).value  # type: ignore[no-any-return]
+    return _read(id(array) + _offset).value
 
 
 def choose(candidate: Callable[[np.ndarray[Any, Any]], int] = _fast_pointer) -> Callable[..., int]:

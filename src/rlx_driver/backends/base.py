@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from rlx_driver.device import Device, MemoryInfo
 
+    Lane = Callable[[Any], Any]
+
 __all__ = [
     "ALIGNMENT",
     "ArrayFacts",
@@ -293,12 +295,16 @@ class Backend(ABC):
         Conjugate and negative bits are resolved, gradients detached.
         """
 
-    def share_fast(self, array: Any, source: str) -> Any | None:
-        """Import an everyday array at full speed, verified, or return None.
+    def lane_from(self, source: str) -> Lane | None:
+        """Give the fast way in for everyday arrays of another framework, if there is one.
 
-        None means only that the array is not of the everyday kind: the core then takes the
-        general way, which explains itself.
+        A lane takes such an array and returns it, shared and verified, or None when the array is
+        not of the everyday kind: the core then takes the general way, which explains itself.
         """
+        return None
+
+    def lane_to(self, target: str) -> Lane | None:
+        """Give the fast way out to another framework, asked where that has no `lane_from`."""
         return None
 
     # --- views of driver memory --------------------------------------------------------------
@@ -331,7 +337,7 @@ class Backend(ABC):
         """Enter what a step of this framework needs around it, such as no_grad."""
         return nullcontext()
 
-    def mark_written(self, view: Any) -> None:
+    def mark_written(self, view: Any) -> None:  # noqa: B027 - most frameworks need no telling
         """Tell the framework that memory of a view changed behind its back."""
 
     def overlaps(self, first: Any, second: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,6 +25,7 @@ from rlx_driver.backends.base import (
 from rlx_driver.device import Device, MemoryInfo
 from rlx_driver.dtypes import TABLE, info
 from rlx_driver.errors import OutOfDeviceMemory, UnknownFrameworkError
+from rlx_driver.registry import registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,6 +67,7 @@ class JaxBackend(FunctionalBackend):
         self._leases: dict[str, bool] = {}
         self._lock = threading.Lock()
         self._cpu = jax.devices("cpu")[0]
+        self._host_only = jax.default_backend() == "cpu"
         array_type = type(jnp.zeros((), np.float32))
         self.plain_arguments = frozenset({bool, int, float, complex, type(None), array_type})
         self.is_dead = array_type.is_deleted
@@ -237,7 +240,8 @@ class JaxBackend(FunctionalBackend):
                 "alignment",
                 f"its address {facts.address:#x} is not aligned to the {_HOST_ALIGNMENT} bytes "
                 "that JAX needs on the host",
-                "allocate it aligned (rlx_driver.Buffer.empty(...).numpy()), or copy it (copy=None)",
+                "allocate it aligned (rlx_driver.Buffer.empty(...).numpy()), or copy it "
+                "(copy=None)",
             )
         return None
 
@@ -256,76 +260,51 @@ class JaxBackend(FunctionalBackend):
             return jnp.from_dlpack(exporter, copy=copy)
         return jnp.from_dlpack(array, copy=copy if facts.device.is_host else None)
 
-    def share_fast(self, array: Any, source: str) -> Any | None:
-        """Import a compact, aligned NumPy array or host tensor."""
-        private = self._private
-        if private is None:
+    def lane_from(self, source: str) -> Callable[[Any], Any] | None:
+        """Give the fast way in for compact, aligned NumPy arrays and host tensors."""
+        if self._private is None:
             return None
         if source == "numpy":
-            address = pointer(array)
-            dtype = array.dtype
-            if not array.flags.carray:
-                return None
-        elif source == "torch":
-            if array.requires_grad or array.device.type != "cpu" or not array.is_contiguous():
-                return None
-            from rlx_driver.registry import registry
+            return self._array_of_numpy
+        if source == "torch":
+            torch = registry.get("torch")
+            return functools.partial(self._array_of_tensor, torch.fast_export())  # type: ignore[attr-defined]
+        return None
 
-            facts = registry.get("torch").facts(array)
-            if facts.obstacle is not None:
-                return None
-            address, dtype = facts.address, facts.dtype
-        else:
+    def lane_to(self, target: str) -> Callable[[Any], Any] | None:
+        """Give the fast way out to NumPy, where JAX has no device but the host."""
+        return _numpy_of_array if target == "numpy" and self._host_only else None
+
+    def fast_export(self) -> Callable[[Any], Any] | None:
+        """Give the private exporter of host arrays, where JAX has no device but the host."""
+        return None if self._private is None or not self._host_only else self._private.export
+
+    def _array_of_numpy(self, array: np.ndarray[Any, Any]) -> Any | None:
+        address = pointer(array)
+        if address % _HOST_ALIGNMENT or not array.flags.carray or array.dtype not in _EVERYDAY:
             return None
+        return self._array_of(array.__dlpack__(), array, address, array.dtype)
+
+    def _array_of_tensor(self, export: Callable[[Any], Any], tensor: Any) -> Any | None:
+        found = export(tensor)
+        if found is None:
+            return None
+        capsule, address, dtype = found
+        if address % _HOST_ALIGNMENT or dtype not in _SHARED:
+            return None
+        return self._array_of(capsule, tensor, address, dtype)
+
+    def _array_of(self, capsule: Any, source: Any, address: int, dtype: np.dtype[Any]) -> Any:
+        if (dtype in _WIDE and not jax.config.jax_enable_x64) or 0 in source.shape:
+            return None
+        shared = self._private.import_capsule(capsule, self._cpu, None)  # type: ignore[union-attr]
         if (
-            address % _HOST_ALIGNMENT
-            or dtype not in (_EVERYDAY if source == "numpy" else _SHARED)
-            or (dtype in _WIDE and not jax.config.jax_enable_x64)
-            or 0 in array.shape
+            shared.unsafe_buffer_pointer() == address
+            and shared.shape == source.shape
+            and shared.dtype == dtype
         ):
-            return None
-        shared = private.import_capsule(array.__dlpack__(), self._cpu, None)
-        if (
-            shared.unsafe_buffer_pointer() != address
-            or shared.shape != array.shape
-            or shared.dtype != dtype
-        ):
-            return None
-        return shared
-
-    def numpy_view(self, array: Any) -> np.ndarray[Any, Any] | None:
-        """Give a verified read-only NumPy view of an array on one host device, or None."""
-        if isinstance(array, jax.core.Tracer) or array.is_deleted():
-            return None
-        if not array.is_fully_addressable or len(devices := array.devices()) != 1:
-            return None
-        if next(iter(devices)).platform != "cpu" or array.dtype not in _SHARED:
-            return None
-        view = np.asarray(array)  # waits, so that asking for the address below is safe
-        if not view.size or array.unsafe_buffer_pointer() != pointer(view):
-            return None
-        return view
-
-    def torch_view(self, array: Any, dtypes: dict[Any, Any]) -> Any | None:
-        """Give a verified torch view of an array on one host device, or None."""
-        private = self._private
-        if private is None or isinstance(array, jax.core.Tracer) or array.is_deleted():
-            return None
-        theirs = dtypes.get(array.dtype)
-        if theirs is None or not array.size or len(devices := array.devices()) != 1:
-            return None
-        if next(iter(devices)).platform != "cpu":
-            return None
-        import torch.utils.dlpack
-
-        tensor = torch.utils.dlpack.from_dlpack(private.export(array))
-        if (
-            tensor.data_ptr() != array.unsafe_buffer_pointer()
-            or tensor.dtype is not theirs
-            or tensor.shape != array.shape
-        ):
-            return None
-        return tensor
+            return shared
+        return None
 
     def duplicate(self, array: Any) -> Any:
         """Copy an array into new memory of its device."""
@@ -412,7 +391,7 @@ class JaxBackend(FunctionalBackend):
 
     def flatten(self, tree: Any) -> tuple[list[Any], Any]:
         """Take a pytree apart; None is no leaf."""
-        return jax.tree_util.tree_flatten(tree)  # type: ignore[no-any-return]
+        return jax.tree_util.tree_flatten(tree)
 
     def unflatten(self, structure: Any, leaves: list[Any]) -> Any:
         """Put a pytree together again."""
@@ -449,7 +428,24 @@ class JaxBackend(FunctionalBackend):
 
     def on_device(self, device: Device) -> AbstractContextManager[Any]:
         """Make a device the default for new arrays."""
-        return jax.default_device(self.jax_device(device))  # type: ignore[no-any-return]
+        return jax.default_device(self.jax_device(device))
+
+
+def _numpy_of_array(array: Any) -> np.ndarray[Any, Any] | None:
+    try:
+        view = np.asarray(array)  # waits, so that asking for the address below is safe
+        address = array.unsafe_buffer_pointer()
+    except (RuntimeError, ValueError, TypeError):  # deleted, sharded, a key: the general way says
+        return None
+    if (
+        address == pointer(view)
+        and view.dtype == array.dtype
+        and view.shape == array.shape
+        and view.flags.c_contiguous
+        and view.size
+    ):
+        return view
+    return None
 
 
 def _snapshot(leaf: Any) -> Any:
@@ -466,7 +462,7 @@ def _probe_trace_state() -> Callable[[], bool]:
         inside: list[bool] = []
         jax.eval_shape(lambda: inside.append(trace_state_clean()))
         if trace_state_clean() and inside == [False]:
-            return trace_state_clean  # type: ignore[no-any-return]
+            return trace_state_clean
     except (ImportError, TypeError):
         pass
     return slow_trace_state_clean
@@ -532,5 +528,3 @@ def _is_dense(facts: ArrayFacts) -> bool:
             return False
         step *= n
     return True
-
-

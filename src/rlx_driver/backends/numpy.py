@@ -44,7 +44,7 @@ class NumpyBackend(Backend):
 
     def namespace(self) -> ModuleType:
         """Give array-api-compat's NumPy."""
-        return array_api_compat.numpy  # type: ignore[no-any-return]
+        return array_api_compat.numpy
 
     def owns(self, obj: Any) -> bool:
         """Tell whether an object is an ndarray; NumPy scalars are values, not memory."""
@@ -122,13 +122,6 @@ class NumpyBackend(Backend):
     def share(self, array: Any, facts: ArrayFacts) -> np.ndarray[Any, Any]:
         """Import host memory of any framework, every dtype of the table included."""
         return dlpack.as_numpy(array, writable=not (facts.read_only or facts.immutable))
-
-    def share_fast(self, array: Any, source: str) -> np.ndarray[Any, Any] | None:
-        """Leave the fast way to the source: torch and JAX know how to give NumPy views."""
-        from rlx_driver.registry import registry
-
-        give = getattr(registry.get(source), "numpy_view", None)
-        return None if give is None else give(array)
 
     def duplicate(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Copy an array into new aligned, C-ordered memory."""

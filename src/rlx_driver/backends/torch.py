@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import array_api_compat.torch
 import numpy as np
 import torch
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from rlx_driver.backends._cuda_order import CudaOrder
 from rlx_driver.backends._numpy_pointer import pointer
@@ -21,9 +23,11 @@ from rlx_driver.backends.base import (
 )
 from rlx_driver.device import Device, MemoryInfo
 from rlx_driver.dtypes import TABLE, info
-from rlx_driver.errors import DTypeError, OutOfDeviceMemory, UnknownFrameworkError, ZeroCopyError
+from rlx_driver.errors import OutOfDeviceMemory, UnknownFrameworkError, ZeroCopyError
+from rlx_driver.registry import registry
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
 
 __all__ = ["TorchBackend"]
@@ -42,7 +46,10 @@ _TO_TORCH: dict[np.dtype[Any], torch.dtype] = {
 _TO_NUMPY = {theirs: ours for ours, theirs in _TO_TORCH.items()}
 # What NumPy itself exports, and for the rest the unsigned integer of the same width.
 _EVERYDAY = {row.dtype: _TO_TORCH[row.dtype] for row in TABLE.values() if row.numpy_exports}
-_CARRIER = {1: (np.dtype(np.uint8), torch.uint8), 2: (np.dtype(np.uint16), torch.uint16)}
+_CARRIER: dict[int, tuple[np.dtype[Any], torch.dtype]] = {
+    1: (np.dtype(np.uint8), torch.uint8),
+    2: (np.dtype(np.uint16), torch.uint16),
+}
 
 _NO_DISPATCH = getattr(torch.Tensor, "__torch_dispatch__", None)
 
@@ -67,7 +74,7 @@ class TorchBackend(Backend):
 
     def namespace(self) -> ModuleType:
         """Give array-api-compat's torch."""
-        return array_api_compat.torch  # type: ignore[no-any-return]
+        return array_api_compat.torch
 
     def owns(self, obj: Any) -> bool:
         """Tell whether an object is a tensor."""
@@ -201,43 +208,22 @@ class TorchBackend(Backend):
                 return torch.from_numpy(array.view(carrier)).view(theirs)
             return torch.from_dlpack(array)
 
-    def share_fast(self, array: Any, source: str) -> torch.Tensor | None:
-        """Import a compact, writable NumPy array or a finished JAX array."""
+    def lane_from(self, source: str) -> Callable[[Any], Any] | None:
+        """Give the fast way in for compact, writable NumPy arrays and for host arrays of JAX."""
         if source == "numpy":
-            theirs = _EVERYDAY.get(array.dtype)
-            if theirs is None or not array.flags.carray:
-                return None
-            tensor = torch.from_numpy(array)
-            if (
-                type(tensor) is not torch.Tensor
-                or tensor.data_ptr() != pointer(array)
-                or tensor.dtype is not theirs
-                or tensor.shape != array.shape
-                or not tensor.is_contiguous()
-            ):
-                return None
-            return tensor
-        from rlx_driver.registry import registry
+            return _tensor_of_numpy
+        if source == "jax":
+            export = registry.get("jax").fast_export()  # type: ignore[attr-defined]
+            return None if export is None else functools.partial(_tensor_of_jax, export)
+        return None
 
-        give = getattr(registry.get(source), "torch_view", None)
-        return None if give is None else give(array, _TO_TORCH)
+    def lane_to(self, target: str) -> Callable[[Any], Any] | None:
+        """Give the fast way out to NumPy for compact host tensors."""
+        return _numpy_of_tensor if target == "numpy" else None
 
-    def numpy_view(self, tensor: torch.Tensor) -> np.ndarray[Any, Any] | None:
-        """Give a verified NumPy view of an everyday host tensor, or None."""
-        if (
-            tensor.requires_grad
-            or tensor.dtype not in _TO_NUMPY
-            or not tensor.is_contiguous()
-            or tensor.device.type != "cpu"
-            or type(tensor) is not torch.Tensor
-            or tensor.is_conj()
-            or tensor.is_neg()
-        ):
-            return None
-        view = self.numpy_of(tensor)
-        if pointer(view) != tensor.data_ptr() or view.shape != tensor.shape or not view.size:
-            return None
-        return view
+    def fast_export(self) -> Callable[[Any], Any]:
+        """Give the fast exporter of everyday host tensors: (capsule, address, dtype), or None."""
+        return _capsule_of_tensor
 
     def numpy_of(self, tensor: torch.Tensor) -> np.ndarray[Any, Any]:
         """Give a host tensor as NumPy sees it, narrow floats included."""
@@ -358,10 +344,79 @@ def _torch_obstacle(array: torch.Tensor) -> Obstacle | None:
     return None
 
 
+def _tensor_of_numpy(array: np.ndarray[Any, Any]) -> torch.Tensor | None:
+    theirs = _EVERYDAY.get(array.dtype)
+    if theirs is None or not array.flags.carray:
+        return None
+    tensor = torch.from_numpy(array)
+    if (
+        type(tensor) is torch.Tensor
+        and tensor.data_ptr() == pointer(array)
+        and tensor.dtype is theirs
+        and tensor.shape == array.shape
+        and tensor.is_contiguous()
+    ):
+        return tensor
+    return None
+
+
+def _tensor_of_jax(export: Callable[[Any], Any], array: Any) -> torch.Tensor | None:
+    theirs = _TO_TORCH.get(array.dtype)
+    if theirs is None or array.is_deleted():
+        return None
+    capsule = export(array)
+    if capsule is None:
+        return None
+    tensor = from_dlpack(capsule)
+    if (
+        tensor.data_ptr() == array.unsafe_buffer_pointer()
+        and tensor.dtype is theirs
+        and tensor.shape == array.shape
+        and tensor.is_contiguous()
+    ):
+        return tensor
+    return None
+
+
+def _capsule_of_tensor(tensor: torch.Tensor) -> tuple[Any, int, np.dtype[Any]] | None:
+    dtype = _TO_NUMPY.get(tensor.dtype)
+    if (
+        dtype is None
+        or type(tensor) is not torch.Tensor
+        or tensor.requires_grad
+        or tensor.device.type != "cpu"
+        or not tensor.is_contiguous()
+        or tensor.is_neg()
+        or tensor.is_conj()
+        or (_is_wrapped is None or _is_wrapped(tensor))
+    ):
+        return None
+    return to_dlpack(tensor), tensor.data_ptr(), dtype
+
+
+def _numpy_of_tensor(tensor: torch.Tensor) -> np.ndarray[Any, Any] | None:
+    dtype = _TO_NUMPY.get(tensor.dtype)
+    if dtype not in _EVERYDAY or type(tensor) is not torch.Tensor:
+        return None
+    try:
+        view = tensor.numpy()
+    except (RuntimeError, TypeError):  # requires grad, conj or neg bit, a GPU: the general way says
+        return None
+    if (
+        pointer(view) == tensor.data_ptr()
+        and view.dtype == dtype
+        and view.shape == tensor.shape
+        and view.flags.carray
+        and tensor.is_contiguous()
+    ):
+        return view
+    return None
+
+
 def _normal_mode() -> AbstractContextManager[Any]:
     # Entering inference_mode(False) costs microseconds, so only where it is needed.
     if torch.is_inference_mode_enabled():
-        return torch.inference_mode(False)  # type: ignore[no-any-return]
+        return torch.inference_mode(False)
     return nullcontext()
 
 

@@ -1,0 +1,282 @@
+"""The views of a Buffer: its memory as NumPy, torch, JAX and others see it, cached and ordered."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rlx_driver._exchange import resolve, share_verified, verify
+from rlx_driver._ledger import ledger
+from rlx_driver.access import Access, Lease, acquire, release, uncommitted
+from rlx_driver.backends.base import ArrayFacts, Backend, FunctionalBackend, Obstacle
+from rlx_driver.errors import DeviceUnavailableError, StaleViewError, ZeroCopyError
+from rlx_driver.registry import registry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import ModuleType
+
+    import numpy as np
+
+    from rlx_driver.device import Device
+
+__all__ = ["ViewsMixin"]
+
+
+class ViewsMixin:
+    """The view methods of `Buffer`."""
+
+    __slots__ = ()
+
+    if TYPE_CHECKING:
+        _access: Access
+        _backend: Backend
+        _derivation: Callable[[Backend, Any], Any] | None
+        _device: Device
+        _facts: ArrayFacts
+        _jax: Lease | None
+        _leases: dict[str, Lease]
+        _native: Any
+        _numpy: Any
+        _parent: ViewsMixin | None
+        _torch: Any
+        _views: dict[Any, Any]
+
+        def _materialise(self) -> None: ...
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """Give the memory as a NumPy array.
+
+        Copies: never. Blocks: until updates in progress are done. Read-only: no. Aliases: this
+        Buffer. The second call is a look-up. Existing code may write through the view; while JAX
+        work on the Buffer may be under way, write inside `write`.
+
+        Raises
+        ------
+        DeviceUnavailableError
+            Off the host; `to_host` copies.
+        ClosedHandleError, StaleViewError
+            See `rlx_driver.errors`.
+        """
+        view = self._numpy
+        if view is not None and self._access.native_ready:
+            return view  # type: ignore[no-any-return]
+        return self._mutable_view(registry.get("numpy"))  # type: ignore[no-any-return]
+
+    def torch(self) -> Any:
+        """Give the memory as a torch tensor.
+
+        Copies: never. Blocks: on the host until updates in progress are done; on a GPU torch's
+        current stream waits instead. Read-only: no. Aliases: this Buffer. The second call is a
+        look-up. The tensor does not require grad; one that came to is made anew.
+
+        Raises
+        ------
+        ZeroCopyError
+            When torch cannot see such memory (a dtype it lacks, negative strides).
+        DeviceUnavailableError
+            When torch is not installed.
+        """
+        view = self._torch
+        if view is not None and self._access.native_ready and not view.requires_grad:
+            return view
+        return self._mutable_view(registry.get("torch"))
+
+    def jax(self) -> Any:
+        """Give the memory as a JAX array.
+
+        Copies: never. Blocks: only after an update of an overlapping slice. Read-only: JAX arrays
+        are. Aliases: this Buffer. The second call is a look-up. The array dies with the next write
+        by the driver: using it then raises JAX's own error. It may be donated to a jitted function
+        of yours whose result you give back by `commit`.
+
+        Raises
+        ------
+        ZeroCopyError
+            When JAX cannot see such memory (strides, alignment, x64, a dtype it lacks).
+        StaleViewError
+            Inside a JAX trace, which would keep the array as a constant; or when an array given
+            out before was donated and its result never committed.
+        """
+        lease = self._jax
+        if (
+            lease is not None
+            and (array := lease.handed) is not None
+            and self._access.functional_ready
+            and lease.clean()
+            and not lease.is_dead(array)
+        ):
+            return array
+        return self.array("jax")
+
+    def array(self, framework: str | ModuleType) -> Any:
+        """Give the memory as an array of a framework, by name or module; never a copy.
+
+        ``array("numpy")``, ``("torch")`` and ``("jax")`` are `numpy`, `torch` and `jax`. A module
+        with ``from_dlpack`` gets a mutable view that is verified.
+
+        Raises
+        ------
+        ZeroCopyError
+            When the framework cannot see the memory; the text says why.
+        UnknownFrameworkError, DeviceUnavailableError
+            No such framework, or its package is missing.
+        """
+        target = resolve(framework)
+        if isinstance(target, FunctionalBackend):
+            return self._functional_view(target)
+        return self._mutable_view(target)
+
+    def __rlx_array__(self, framework: str | ModuleType) -> Any:
+        """Give the tracked view; what `exchange` and steps' arguments call."""
+        return self.array(framework)
+
+    def __rlx_native__(self) -> Any:
+        """Give the native array for inspection, without ordering; what `explain` calls."""
+        return self._native
+
+    def _mutable_view(self, target: Backend | ModuleType, *, in_scope: bool = False) -> Any:
+        access = self._access
+        if in_scope:
+            return self._view_of(target)
+        if access.native_ready:
+            view = self._view_of(target)
+        else:
+            self._materialise()
+            access = self._access
+            acquire((), [access])
+            try:
+                with access.lock:
+                    view = self._view_of(target)
+                    access.settle()
+            finally:
+                release((), [access])
+        if not access.native_out:
+            access.native_out = True
+            access.refresh()
+        return view
+
+    def _view_of(self, target: Backend | ModuleType) -> Any:
+        """Give the cached view of a mutable framework, or make it."""
+        key = target.name if isinstance(target, Backend) else target
+        view = self._views.get(key)
+        if view is not None:
+            if not isinstance(target, Backend) or target.is_pristine(view):
+                return view
+            view = target.renewed(view)
+        else:
+            view = self._made_view(target)
+        if not isinstance(target, Backend):
+            self._views[key] = view
+        elif target.may_cache(view):
+            if view is not self._views.get(key) and key not in self._views:
+                self._mark(target, view)
+            self._views[key] = view
+            if key == "numpy":
+                self._numpy = view
+            elif key == "torch":
+                self._torch = view
+        return view
+
+    def _made_view(self, target: Backend | ModuleType) -> Any:
+        if target is self._backend:
+            return self._native
+        if isinstance(target, Backend) and target.name == "numpy" and not self._device.is_host:
+            raise DeviceUnavailableError(
+                f"{self._access.label} lives on {self._device} and NumPy sees host memory only: "
+                "call to_host() for a copy on the host"
+            )
+        facts = self._facts
+        if isinstance(target, Backend) and (obstacle := target.obstacle(facts)) is not None:
+            raise ZeroCopyError(
+                f"{self._access.label} cannot be seen by {target.name} as it is: {obstacle}"
+            )
+        ledger.count_exchange()
+        if (
+            self._parent is not None
+            and self._derivation is not None
+            and isinstance(target, Backend)
+        ):
+            # By way of the base's view, so that they share what the framework keeps for a base,
+            # such as torch's version counter.
+            base = self._parent._view_of(target)
+            if target.may_cache(base):
+                view = self._derivation(target, base)
+                verify(view, facts, target.facts(view))
+                return view
+        with self._backend.exporting(self._device):
+            return share_verified(self._native, facts, target)
+
+    def _mark(self, backend: Backend, view: Any) -> None:
+        if self._parent is None and type(backend).mark_written is not Backend.mark_written:
+            self._access.marks.append((backend, view))
+
+    def _functional_view(self, target: FunctionalBackend, *, in_scope: bool = False) -> Any:
+        if not target.trace_state_clean():
+            raise StaleViewError(
+                f"{self._access.label}.{target.name}() was called inside a trace, which would keep "
+                "the array as a constant that later updates do not reach: pass it as an argument"
+            )
+        self._materialise()
+        access = self._access
+        if not in_scope:
+            acquire((), [access])
+        try:
+            with access.lock:
+                lease = self._lease(target)
+                access.settle_for(lease)
+                array = lease.array
+                if array is None:
+                    array = self._imported(lease)
+                elif lease.is_dead(array):
+                    raise uncommitted(access)
+                elif access.native_out and not target.shows_current_bytes(array):
+                    access.retired.append((target, array))
+                    array = self._imported(lease)
+                if not access.synchronous:
+                    access.order.before_functional()
+                lease.handed = array
+                access.handed[lease] = None
+                if target.name == "jax":
+                    self._jax = lease  # type: ignore[misc]
+        finally:
+            if not in_scope:
+                release((), [access])
+        return array
+
+    def _lease(self, backend: FunctionalBackend) -> Lease:
+        """Give the lease of this very piece of memory, shared by equal slices."""
+        lease = self._leases.get(backend.name)
+        if lease is None:
+            facts = self._facts
+            key = (backend.name, facts.address, facts.shape, facts.strides, facts.dtype)
+            lease = self._access.leases.get(key)
+            if lease is None:
+                lease = Lease(backend, facts.address, facts.shape)
+                self._access.leases[key] = lease
+            self._leases[backend.name] = lease
+        return lease
+
+    def _imported(self, lease: Lease) -> Any:
+        """Import the memory for a lease, verified."""
+        backend, facts = lease.backend, self._facts
+        obstacle = backend.obstacle(facts)
+        if obstacle is None and not facts.is_row_major:
+            obstacle = backend.obstacle(facts) or _not_row_major(facts)
+        if obstacle is not None:
+            raise ZeroCopyError(
+                f"{self._access.label} cannot be seen by {backend.name} as it is: {obstacle}"
+            )
+        ledger.count_exchange()
+        with self._backend.exporting(self._device):
+            array = backend.lease(self._native, facts)
+        verify(array, facts, backend.facts(array))
+        lease.array = array
+        return array
+
+
+def _not_row_major(facts: ArrayFacts) -> Obstacle:
+    return Obstacle(
+        "strides",
+        f"its strides {facts.strides} are not in C order, which updates in place need",
+        "share the whole and transpose in the framework",
+    )
