@@ -15,6 +15,7 @@ from rlx_driver.access import (
     release,
     release_one,
     uncommitted,
+    written,
 )
 from rlx_driver.backends.base import Backend, FunctionalBackend
 from rlx_driver.errors import DTypeError, ShapeError, UpdateFailedError, ZeroCopyError
@@ -55,7 +56,7 @@ def update_one(
     acquire_one(access)
     try:
         old = lease.array
-        if old is None or access.pending is not lease or access.handed or not access.synchronous:
+        if not _is_ready(access, lease):
             old = _ready_lease(buffer, access, lease, target)
         plain = target.plain_arguments
         for value in args:
@@ -95,7 +96,8 @@ def update_many(
     """Run `rlx_driver.update` over a flattened tree, all or nothing."""
     target = resolve(framework)
     for buffer in buffers:
-        buffer._materialise()
+        if buffer._native is None:
+            buffer._materialise()
     if not isinstance(target, FunctionalBackend):
         tree = (rebuild, flatten, structure)
         return _update_mutable(buffers, tree, _mutable(target), step, args, kwargs, has_aux)
@@ -105,11 +107,13 @@ def update_many(
     leases = [buffer._leases.get(name) or buffer._lease(target) for buffer in buffers]
     program = target.compiled_step(step, structure, has_aux, static)
     accesses = [buffer._access for buffer in buffers]
-    taken = accesses if len(set(accesses)) == len(accesses) else list(dict.fromkeys(accesses))
+    taken = list(dict.fromkeys(accesses))
     acquire(taken)
     try:
         olds = [
-            _ready_lease(buffer, access, lease, target, leases)
+            lease.array
+            if _is_ready(access, lease)
+            else _ready_lease(buffer, access, lease, target, leases)
             for buffer, access, lease in zip(buffers, accesses, leases, strict=True)
         ]
         args = _arguments(target, args, static)
@@ -125,18 +129,33 @@ def update_many(
             if lost:
                 raise lost[0] from error
             raise
-        is_dead, address = target.is_dead, target.donated_address
-        for lease, old, new in zip(leases, olds, news, strict=True):
-            if not is_dead(old) or address(new) != lease.address:
-                aux = _land_elsewhere(buffers, leases, news, aux)
-                break
-        else:
+        if all(map(target.is_dead, olds)) and list(map(target.donated_address, news)) == [
+            lease.address for lease in leases
+        ]:
             for access, lease, new in zip(accesses, leases, news, strict=True):
-                _landed(access, lease, new)
-        _order_all_after(taken, leases, news, target, ordered)
+                lease.array = new
+                lease.handed = None
+                access.pending = lease
+                if access.handed:
+                    access.handed.clear()
+            written(taken)
+        else:
+            aux = _land_elsewhere(buffers, leases, news, aux)
+        if ordered:
+            _order_all_after(taken, leases, news, target)
     finally:
         release(taken)
     return aux
+
+
+def _is_ready(access: Access, lease: Lease) -> bool:
+    """Tell whether a lease can be donated as it is: nobody reads, nothing else is pending."""
+    return (
+        not access.handed
+        and (access.pending is lease or access.pending is None)
+        and access.synchronous
+        and lease.array is not None
+    )
 
 
 def _ready_lease(
@@ -186,9 +205,8 @@ def _landed(access: Access, lease: Lease, new: Any) -> None:
     if access.handed:
         access.handed.clear()
     access.epoch += 1
-    if access.marks:
-        for backend, view in access.marks:
-            backend.mark_written(view)
+    for backend, view in access.marks:
+        backend.mark_written([view])
     access.pending = lease
 
 
@@ -213,9 +231,8 @@ def _order_all_after(
     leases: Sequence[Lease],
     news: list[Any],
     backend: FunctionalBackend,
-    ordered: bool,
 ) -> None:
-    if not ordered or not any(access.native_out for access in accesses):
+    if not any(access.native_out for access in accesses):
         return
     if not all(access.synchronous for access in accesses):
         # One program made all results, so the last one stands for the others on its device.

@@ -34,7 +34,16 @@ if TYPE_CHECKING:
 
     from rlx_driver.backends.base import Backend, FunctionalBackend, Order
 
-__all__ = ["Access", "Lease", "acquire", "acquire_one", "fence", "release", "release_one"]
+__all__ = [
+    "Access",
+    "Lease",
+    "acquire",
+    "acquire_one",
+    "fence",
+    "release",
+    "release_one",
+    "written",
+]
 
 _lock = threading.Lock()
 _changed = threading.Condition(_lock)
@@ -197,9 +206,21 @@ class Access:
 
     def written(self) -> None:
         """Note a write: a new epoch, and autograd is told."""
-        self.epoch += 1
-        for backend, view in self.marks:
-            backend.mark_written(view)
+        written((self,))
+
+
+def written(accesses: Iterable[Access]) -> None:
+    """Note a write to several: new epochs, and each framework is told once."""
+    told: dict[Backend, list[Any]] = {}
+    for access in accesses:
+        access.epoch += 1
+        for backend, view in access.marks:
+            if backend in told:
+                told[backend].append(view)
+            else:
+                told[backend] = [view]
+    for backend, views in told.items():
+        backend.mark_written(views)
 
 
 def uncommitted(access: Access) -> StaleViewError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rlx_driver._exchange import resolve
-from rlx_driver.access import Access, acquire, fence, release
+from rlx_driver.access import Access, acquire, fence, release, written
 from rlx_driver.backends.base import Backend, FunctionalBackend
 from rlx_driver.errors import ZeroCopyError
 
@@ -38,7 +38,8 @@ class _Scope:
         if self._accesses:
             raise ZeroCopyError("a scope is entered once at a time: make another one")
         for buffer in self._buffers:
-            buffer._materialise()
+            if buffer._native is None:
+                buffer._materialise()
         if len(self._buffers) == 1:
             return [self._buffers[0]._access]
         return list(dict.fromkeys(buffer._access for buffer in self._buffers))
@@ -124,8 +125,8 @@ class WriteScope(_Scope):
     ) -> None:
         accesses, self._accesses = self._accesses, []
         try:
+            written(accesses)
             for access in accesses:
-                access.written()
                 if not access.synchronous:
                     access.order.after_native()
         finally:

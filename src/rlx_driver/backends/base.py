@@ -337,8 +337,8 @@ class Backend(ABC):
         """Enter what a step of this framework needs around it, such as no_grad."""
         return nullcontext()
 
-    def mark_written(self, view: Any) -> None:  # noqa: B027 - most frameworks need no telling
-        """Tell the framework that memory of a view changed behind its back."""
+    def mark_written(self, views: list[Any]) -> None:  # noqa: B027 - most need no telling
+        """Tell the framework that the memory of views changed behind its back."""
 
     def overlaps(self, first: Any, second: Any) -> bool:
         """Tell whether two arrays of this framework may share memory."""

@@ -283,9 +283,9 @@ class TorchBackend(Backend):
         """Record no autograd graph."""
         return torch.no_grad()
 
-    def mark_written(self, view: torch.Tensor) -> None:
-        """Raise the version counter, so that autograd refuses what it saved before."""
-        torch.autograd.graph.increment_version(view)
+    def mark_written(self, views: list[torch.Tensor]) -> None:
+        """Raise the version counters, so that autograd refuses what it saved before."""
+        torch.autograd.graph.increment_version(views)
 
     def order(self, device: Device) -> Order:
         """Order by torch's current stream on CUDA."""
