@@ -5,15 +5,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEVICE ?= cpu
 
-# Each worker has thread pools of its own for NumPy, torch and JAX: one thread each for the first
-# two keeps workers x threads near the number of cores. On a GPU machine the workers share the
-# card, so JAX may not take three quarters of it at its start.
-export OMP_NUM_THREADS ?= 1
-export OPENBLAS_NUM_THREADS ?= 1
-export MKL_NUM_THREADS ?= 1
-export XLA_PYTHON_CLIENT_PREALLOCATE ?= false
-export PIP_DISABLE_PIP_VERSION_CHECK = 1
 TEST_WORKERS ?= auto
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench docs clean
@@ -22,9 +15,15 @@ help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.for-test ## One KV-cache handle through torch, JAX and NumPy on a small model
-	env -u OMP_NUM_THREADS -u OPENBLAS_NUM_THREADS -u MKL_NUM_THREADS \
-		$(BIN)/python examples/kv_handoff.py --device $(DEVICE) $(DEMO_ARGS)
+	$(BIN)/python examples/kv_handoff.py --device $(DEVICE) $(DEMO_ARGS)
 
+# Each worker has thread pools of its own for NumPy, torch and JAX: one thread each for the first
+# two keeps workers x threads near the number of cores. On a GPU machine the workers share the
+# card, so JAX may not take three quarters of it at its start.
+test: export OMP_NUM_THREADS ?= 1
+test: export OPENBLAS_NUM_THREADS ?= 1
+test: export MKL_NUM_THREADS ?= 1
+test: export XLA_PYTHON_CLIENT_PREALLOCATE ?= false
 test: $(VENV)/.for-test ## Run the tests (TEST_WORKERS=auto, PYTEST_ARGS=...)
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --maxprocesses=8 --dist worksteal $(PYTEST_ARGS)
 
@@ -34,8 +33,7 @@ lint: $(VENV)/.for-lint ## ruff check, ruff format --check, mypy --strict
 	$(BIN)/mypy
 
 bench: $(VENV)/.for-bench ## Measure; results land in benchmarks/results
-	env -u OMP_NUM_THREADS -u OPENBLAS_NUM_THREADS -u MKL_NUM_THREADS \
-		$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
 docs: $(VENV)/.for-docs ## Build the documentation into build/site
 	$(BIN)/python -m mkdocs build --strict --quiet

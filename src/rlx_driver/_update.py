@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from rlx_driver._exchange import exchange, resolve
@@ -27,57 +28,111 @@ if TYPE_CHECKING:
 
     from rlx_driver.buffer import Buffer
 
-__all__ = ["update_many", "update_one"]
+__all__ = ["UpdateMixin", "update_many"]
 
 
-def update_one(
-    buffer: Buffer,
-    step: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    framework: str | ModuleType,
-    has_aux: bool,
-    static: int | tuple[int, ...],
-    ordered: bool,
-) -> Any:
-    """Run `Buffer.update`."""
-    target = registry.loaded.get(framework) or resolve(framework)  # type: ignore[arg-type]
-    if buffer._native is None:
-        buffer._materialise()
-    if not getattr(target, "functional", False):
-        return _update_mutable([buffer], None, _mutable(target), step, args, kwargs, has_aux)
-    if TYPE_CHECKING:
-        assert isinstance(target, FunctionalBackend)
-    if not isinstance(static, tuple):
-        static = (static,)
-    access = buffer._access
-    lease = buffer._leases.get(target.name) or buffer._lease(target)
-    program = target.compiled_step(step, None, has_aux, static)
-    acquire_one(access)
-    try:
-        old = lease.array
-        if not _is_ready(access, lease):
-            old = _ready_lease(buffer, access, lease, target)
-        plain = target.plain_arguments
-        for value in args:
-            if type(value) not in plain:
-                args = _arguments(target, args, static)
-                break
-        if kwargs:
-            kwargs = {name: target.argument(value) for name, value in kwargs.items()}
-        try:
-            new, aux = program(old, *args, **kwargs)
-        except BaseException as error:
-            raise _explained(access, lease, old, error) from error
-        if lease.is_dead(old) and target.donated_address(new) == lease.address:
-            _landed(access, lease, new)
+class UpdateMixin:
+    """`Buffer.update`."""
+
+    __slots__ = ()
+
+    def update(
+        self: Any,
+        step: Callable[..., Any],
+        *args: Any,
+        framework: str | ModuleType = "jax",
+        has_aux: bool = False,
+        static_argnums: int | tuple[int, ...] = (),
+        ordered: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Change the memory by a step, in place: ``b <- step(b, *args, **kwargs)``.
+
+        Parameters
+        ----------
+        step
+            Takes the state first. For JAX it is pure and returns the new state; it is jitted once,
+            with the state donated (an already jitted one is taken as it is). For torch and NumPy
+            it may change its argument, or return the new state, and runs under no_grad.
+        args, kwargs
+            Passed on; Buffers in them become views. NumPy arrays may be reused as soon as the call
+            returns.
+        framework
+            In which framework the step runs.
+        has_aux
+            The step returns ``(state, aux)``.
+        static_argnums
+            Positions of the step's static arguments, the state being 0 (JAX only).
+        ordered
+            False: do not order torch and NumPy views that were handed out before; the next call of
+            `numpy` or `torch` does.
+
+        Returns
+        -------
+        aux
+            What `has_aux` says, else None. Copies: never, unless the step's result lands elsewhere
+            (the ledger says so). Blocks: on the host, when `ordered` and a torch or NumPy view is
+            out.
+
+        Raises
+        ------
+        ShapeError, DTypeError
+            The step returns something else than it was given. Nothing was changed.
+        ZeroCopyError
+            An alias blocks the fence, or a copy was needed inside `no_copies`.
+        UpdateFailedError
+            The program failed while it ran; the bytes are undefined. It may be raised later, by
+            the access that needs the result.
+        """
+        lease = self._leases.get(framework)
+        if lease is None:  # the first update in this framework, or a mutable one
+            target = resolve(framework)
+            self._materialise()
+            if not isinstance(target, FunctionalBackend):
+                return _update_mutable([self], None, _mutable(target), step, args, kwargs, has_aux)
+            lease = self._lease(target)
+        backend: FunctionalBackend = lease.backend
+        # What follows is the hot path: `acquire_one`, `release_one` and the look-up of the
+        # program stand here spelled out, which halves their cost.
+        if (
+            lease.step is not None
+            and lease.step() is step
+            and lease.options == (has_aux, static_argnums)
+        ):
+            program = lease.program
         else:
-            aux = _land_elsewhere([buffer], [lease], [new], aux)
-        if ordered and access.native_out:
-            _order_after(access, target)
-    finally:
-        release_one(access)
-    return aux
+            program = _remembered_program(lease, step, has_aux, static_argnums)
+        access = self._access
+        acquire_one(access)
+        try:
+            old = lease.array
+            if (
+                access.handed
+                or (access.pending is not lease and access.pending is not None)
+                or not access.synchronous
+                or old is None
+            ):
+                old = _ready_lease(self, access, lease, backend)
+            plain = backend.plain_arguments
+            for value in args:
+                if type(value) not in plain:
+                    args = _arguments(backend, args, static_argnums)
+                    break
+            if kwargs:
+                kwargs = {name: backend.argument(value) for name, value in kwargs.items()}
+            try:
+                new, aux = program(old, *args, **kwargs)
+            except BaseException as error:
+                raise _explained(access, lease, old, error) from error
+            if lease.is_dead(old) and backend.donated_address(new) == lease.address:
+                _landed(access, lease, new)
+            else:
+                aux = _land_elsewhere([self], [lease], [new], aux)
+            if ordered and access.native_out:
+                _order_after(access, backend)
+        finally:
+            release_one(access)
+        return aux
 
 
 def update_many(
@@ -142,10 +197,25 @@ def update_many(
         else:
             aux = _land_elsewhere(buffers, leases, news, aux)
         if ordered:
-            _order_all_after(taken, leases, news, target)
+            _order_all_after(taken, target)
     finally:
         release(taken)
     return aux
+
+
+def _remembered_program(
+    lease: Lease, step: Callable[..., Any], has_aux: bool, static: int | tuple[int, ...]
+) -> Callable[..., Any]:
+    """Give the program of a step, and keep it at the lease for the next update by the same one."""
+    positions = static if isinstance(static, tuple) else (static,)
+    program = lease.backend.compiled_step(step, None, has_aux, positions)
+    try:
+        lease.step = weakref.ref(step)
+    except TypeError:  # a bound method dies at once, other things have no references: look up again
+        lease.step = None
+    lease.options = (has_aux, static)
+    lease.program = program
+    return program
 
 
 def _is_ready(access: Access, lease: Lease) -> bool:
@@ -183,9 +253,11 @@ def _ready_lease(
 
 
 def _arguments(
-    backend: FunctionalBackend, args: tuple[Any, ...], static: tuple[int, ...]
+    backend: FunctionalBackend, args: tuple[Any, ...], static: int | tuple[int, ...]
 ) -> tuple[Any, ...]:
     """Make a step's arguments safe; the static ones are values already."""
+    if not isinstance(static, tuple):
+        static = (static,)
     return tuple(
         [value if i + 1 in static else backend.argument(value) for i, value in enumerate(args)]
     )
@@ -205,8 +277,8 @@ def _landed(access: Access, lease: Lease, new: Any) -> None:
     if access.handed:
         access.handed.clear()
     access.epoch += 1
-    for backend, view in access.marks:
-        backend.mark_written([view])
+    for backend, views in access.marks:
+        backend.mark_written(views)
     access.pending = lease
 
 
@@ -226,29 +298,20 @@ def _order_after(access: Access, backend: FunctionalBackend) -> None:
     access.pending = None
 
 
-def _order_all_after(
-    accesses: Sequence[Access],
-    leases: Sequence[Lease],
-    news: list[Any],
-    backend: FunctionalBackend,
-) -> None:
-    if not any(access.native_out for access in accesses):
-        return
-    if not all(access.synchronous for access in accesses):
-        # One program made all results, so the last one stands for the others on its device.
-        for access in accesses:
+def _order_all_after(accesses: Sequence[Access], backend: FunctionalBackend) -> None:
+    """Make the views that are out right before an update of a tree returns."""
+    out = [access for access in accesses if access.native_out and access.pending is not None]
+    if not out or not out[0].synchronous:
+        for access in out:
             _order_after(access, backend)
         return
     ledger.count_host_wait()
     try:
-        backend.wait(news)
+        backend.wait([access.pending.array for access in out if access.pending is not None])
     except Exception as error:
-        lost = [
-            buffer_access.failed(lease, error)
-            for buffer_access, lease in zip(accesses, leases, strict=False)
-        ]
-        raise lost[0] from error
-    for access in accesses:
+        lost = [access.pending and access.failed(access.pending, error) for access in accesses]
+        raise next(filter(None, lost)) from error
+    for access in out:
         access.pending = None
 
 

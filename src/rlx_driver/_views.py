@@ -208,7 +208,7 @@ class ViewsMixin:
 
     def _mark(self, backend: Backend, view: Any) -> None:
         if self._parent is None and type(backend).mark_written is not Backend.mark_written:
-            self._access.marks.append((backend, view))
+            self._access.marks.append((backend, [view]))
 
     def _functional_view(self, target: FunctionalBackend, *, in_scope: bool = False) -> Any:
         if not target.trace_state_clean():

@@ -30,7 +30,7 @@ from rlx_driver.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from rlx_driver.backends.base import Backend, FunctionalBackend, Order
 
@@ -58,7 +58,18 @@ class Lease:
     a user has it, so that somebody may be reading.
     """
 
-    __slots__ = ("address", "array", "backend", "clean", "handed", "is_dead", "shape")
+    __slots__ = (
+        "address",
+        "array",
+        "backend",
+        "clean",
+        "handed",
+        "is_dead",
+        "options",
+        "program",
+        "shape",
+        "step",
+    )
 
     def __init__(self, backend: FunctionalBackend, address: int, shape: tuple[int, ...]) -> None:
         self.backend = backend
@@ -69,6 +80,10 @@ class Lease:
         # Kept here for the hot path of `Buffer.jax`.
         self.is_dead = backend.is_dead
         self.clean = backend.trace_state_clean
+        # The program of the last update: (weak reference to its step, options, program).
+        self.step: Callable[[], Any] | None = None
+        self.options: tuple[bool, int | tuple[int, ...]] = (False, ())
+        self.program: Callable[..., Any] = _nothing
 
 
 class Access:
@@ -111,7 +126,7 @@ class Access:
         self.retired: list[tuple[FunctionalBackend, Any]] = []
         self.pending: Lease | None = None
         self.native_out = False
-        self.marks: list[tuple[Backend, Any]] = []
+        self.marks: list[tuple[Backend, list[Any]]] = []
         # One flag each for the two kinds of views: everything that makes the hot path valid.
         self.native_ready = self.synchronous
         self.functional_ready = True
@@ -214,11 +229,11 @@ def written(accesses: Iterable[Access]) -> None:
     told: dict[Backend, list[Any]] = {}
     for access in accesses:
         access.epoch += 1
-        for backend, view in access.marks:
+        for backend, views in access.marks:
             if backend in told:
-                told[backend].append(view)
+                told[backend] += views
             else:
-                told[backend] = [view]
+                told[backend] = views.copy()
     for backend, views in told.items():
         backend.mark_written(views)
 
@@ -456,7 +471,7 @@ def _fence_one(backend: FunctionalBackend, entries: list[tuple[Access, Lease | N
         )
 
 
-def _nothing() -> None:
+def _nothing(*_: Any) -> None:
     pass
 
 

@@ -10,7 +10,7 @@ from rlx_driver import dtypes
 from rlx_driver._exchange import exchange
 from rlx_driver._ledger import ledger
 from rlx_driver._slices import SlicesMixin, byte_size, shape_of
-from rlx_driver._update import update_one
+from rlx_driver._update import UpdateMixin
 from rlx_driver._views import ViewsMixin
 from rlx_driver.access import Access, Lease
 from rlx_driver.device import Device
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Buffer"]
 
 
-class Buffer(ViewsMixin, SlicesMixin, TransferMixin, InteropMixin):
+class Buffer(ViewsMixin, UpdateMixin, SlicesMixin, TransferMixin, InteropMixin):
     """Memory that NumPy, torch and JAX see and change in place, in an order that is right.
 
     Make one with `zeros`, `empty`, `from_array` or `from_bytes`. The views `numpy`, `torch` and
@@ -343,56 +343,6 @@ class Buffer(ViewsMixin, SlicesMixin, TransferMixin, InteropMixin):
             When others held it for too long.
         """
         return WriteScope([self], framework, timeout)
-
-    def update(
-        self,
-        step: Callable[..., Any],
-        *args: Any,
-        framework: str | ModuleType = "jax",
-        has_aux: bool = False,
-        static_argnums: int | tuple[int, ...] = (),
-        ordered: bool = True,
-        **kwargs: Any,
-    ) -> Any:
-        """Change the memory by a step, in place: ``b <- step(b, *args, **kwargs)``.
-
-        Parameters
-        ----------
-        step
-            Takes the state first. For JAX it is pure and returns the new state; it is jitted once,
-            with the state donated (an already jitted one is taken as it is). For torch and NumPy
-            it may change its argument, or return the new state, and runs under no_grad.
-        args, kwargs
-            Passed on; Buffers in them become views. NumPy arrays may be reused as soon as the call
-            returns.
-        framework
-            In which framework the step runs.
-        has_aux
-            The step returns ``(state, aux)``.
-        static_argnums
-            Positions of the step's static arguments, the state being 0 (JAX only).
-        ordered
-            False: do not order torch and NumPy views that were handed out before; the next call of
-            `numpy` or `torch` does.
-
-        Returns
-        -------
-        aux
-            What `has_aux` says, else None. Copies: never, unless the step's result lands elsewhere
-            (the ledger says so). Blocks: on the host, when `ordered` and a torch or NumPy view is
-            out.
-
-        Raises
-        ------
-        ShapeError, DTypeError
-            The step returns something else than it was given. Nothing was changed.
-        ZeroCopyError
-            An alias blocks the fence, or a copy was needed inside `no_copies`.
-        UpdateFailedError
-            The program failed while it ran; the bytes are undefined. It may be raised later, by
-            the access that needs the result.
-        """
-        return update_one(self, step, args, kwargs, framework, has_aux, static_argnums, ordered)
 
     def close(self) -> None:
         """Give up the memory; it is freed when the last view of it is gone. Twice is fine.

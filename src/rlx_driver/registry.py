@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import threading
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from rlx_driver.errors import DeviceUnavailableError, UnknownFrameworkError
@@ -146,6 +145,8 @@ class Registry:
             if self._entry_points_read:
                 return
             self._entry_points_read = True
+            from importlib import metadata  # 20 ms, which `import rlx_driver` is not to pay
+
             for point in metadata.entry_points(group=ENTRY_POINT_GROUP):
                 if point.name in _BUILTIN or point.name in self._factories:
                     continue

@@ -22,7 +22,8 @@ CACHE_LIMIT = 256
 """Programs kept; the one unused for longest goes first."""
 
 WARN_AT_TRACE = 3
-"""A step traced this often is most likely a new function, or a new shape, at every call."""
+"""A step traced this often for one state is most likely a new function at every call, or its
+arguments change their shapes."""
 
 Program = Callable[..., Any]
 
@@ -39,7 +40,7 @@ class StepCache:
         self._limit = limit
         self._lock = threading.Lock()
         self._programs: OrderedDict[Any, tuple[Callable[[], Any], Program]] = OrderedDict()
-        self._traces: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._traces: weakref.WeakKeyDictionary[Any, dict[Any, int]] = weakref.WeakKeyDictionary()
 
     def __len__(self) -> int:
         return len(self._programs)
@@ -78,18 +79,19 @@ class StepCache:
         if (self := cache()) is not None:
             self._programs.pop(key, None)
 
-    def _count_trace(self, step: Any) -> None:
+    def _count_trace(self, step: Any, signature: Any) -> None:
         plain = step.func if isinstance(step, functools.partial) else step
         code = getattr(plain, "__code__", None)
         if code is None:
             return
-        count = self._traces[code] = self._traces.get(code, 0) + 1
+        seen = self._traces.setdefault(code, {})
+        count = seen[signature] = seen.get(signature, 0) + 1
         if count == WARN_AT_TRACE:
             warnings.warn(
-                f"the step {code.co_qualname} (line {code.co_firstlineno}) was traced for the "
-                f"{count}rd time. Each trace costs tens of milliseconds and memory: pass the same "
-                "function object at every update, not a new lambda, with the same shapes, and "
-                "numbers that change as arguments",
+                f"the step {code.co_qualname} (line {code.co_firstlineno}) was traced {count} "
+                "times for one and the same state. Each trace costs tens of milliseconds and "
+                "memory: pass the same function object at every update, not a new lambda, "
+                "arguments of the same shapes, and numbers that change as arguments",
                 RecompilationWarning,
                 stacklevel=_user_frame(),
             )
@@ -105,7 +107,7 @@ def _user_frame() -> int:
         if package not in ("rlx_driver", "jax", "jaxlib", "contextlib", "functools"):
             break
         depth, frame = depth + 1, frame.f_back
-    return depth - 1
+    return depth
 
 
 def _reference(step: Any, forget: Callable[..., None]) -> Callable[[], Any]:
@@ -118,11 +120,12 @@ def _reference(step: Any, forget: Callable[..., None]) -> Callable[[], Any]:
 
 
 def _traced(
-    reference: Callable[[], Any], structure: Any, has_aux: bool, count: Callable[[Any], None]
+    reference: Callable[[], Any], structure: Any, has_aux: bool, count: Callable[[Any, Any], None]
 ) -> Program:
     def program(state: Any, *args: Any, **kwargs: Any) -> Any:
         step = reference()
-        count(step)
+        leaves = [state] if structure is None else state
+        count(step, (structure, *((leaf.shape, leaf.dtype) for leaf in leaves)))
         tree = state if structure is None else jax.tree_util.tree_unflatten(structure, state)
         result = step(tree, *args, **kwargs)
         new, aux = split_aux(result, has_aux)

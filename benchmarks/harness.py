@@ -1,0 +1,142 @@
+"""What every benchmark shares: timing side by side, a row of results, and the report."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("rlx-driver", "numpy", "ml_dtypes", "torch", "jax", "jaxlib")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    Attributes
+    ----------
+    name
+        What is compared.
+    ours, theirs
+        Seconds each, or bytes for memory.
+    against
+        What a user would do instead.
+    ratio
+        ``ours / theirs``, or the other way round where `faster` is set.
+    target
+        The bound on the ratio, or on `ours` where `absolute` says so; None for information.
+    faster
+        The ratio is how many times faster we are, and the target is a lower bound.
+    absolute
+        The target bounds `ours` in seconds.
+    unit
+        "s" or "B".
+    """
+
+    name: str
+    ours: float
+    against: str
+    theirs: float
+    target: float | None = None
+    faster: bool = False
+    absolute: bool = False
+    unit: str = "s"
+
+    @property
+    def ratio(self) -> float:
+        return self.theirs / self.ours if self.faster else self.ours / self.theirs
+
+    @property
+    def met(self) -> bool | None:
+        if self.target is None:
+            return None
+        if self.absolute:
+            return self.ours <= self.target
+        return self.ratio >= self.target if self.faster else self.ratio <= self.target
+
+
+def best_of(
+    *functions: Callable[[], object], number: int, repeat: int = 9, warmup: int = 2
+) -> list[float]:
+    """Time functions in turns and give the best time of one call of each, in seconds.
+
+    Turns share the machine's moods; the best is what the code costs without them.
+    """
+    best = [float("inf")] * len(functions)
+    for turn in range(warmup + repeat):
+        for position, function in enumerate(functions):
+            start = time.perf_counter()
+            for _ in range(number):
+                function()
+            spent = (time.perf_counter() - start) / number
+            if turn >= warmup:
+                best[position] = min(best[position], spent)
+    return best
+
+
+def machine(device: str) -> dict[str, str]:
+    """Say where and with what a run was made."""
+    facts = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": device,
+        "cpu": f"{platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+    }
+    for package in PACKAGES:
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if device.startswith("cuda"):
+        import torch
+
+        facts["device"] = torch.cuda.get_device_name(0)
+    return facts
+
+
+def report(label: str, rows: list[Row], facts: dict[str, str], folder: Path) -> str:
+    """Write ``label.json`` and ``label.md``, and give the Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = [asdict(row) | {"ratio": row.ratio, "met": row.met} for row in rows]
+    (folder / f"{label}.json").write_text(json.dumps({"machine": facts, "rows": data}, indent=1) + "\n")
+    text = "\n".join(_lines(rows, facts)) + "\n"
+    (folder / f"{label}.md").write_text(text)
+    return text
+
+
+def _lines(rows: list[Row], facts: dict[str, str]) -> Iterator[str]:
+    yield "Measured " + ", ".join(f"{key} {value}" for key, value in facts.items()) + "."
+    yield ""
+    yield "| what | ours | against | theirs | ratio | target | met |"
+    yield "|---|---:|---|---:|---:|---:|---|"
+    for row in rows:
+        met = {None: "", True: "yes", False: "**no**"}[row.met]
+        ratio = f"{row.ratio:,.0f} x faster" if row.faster else f"{row.ratio:.2f}"
+        yield (
+            f"| {row.name} | {_amount(row.ours, row.unit)} | {row.against} | "
+            f"{_amount(row.theirs, row.unit)} | {ratio} | {_target(row)} | {met} |"
+        )
+
+
+def _target(row: Row) -> str:
+    if row.target is None:
+        return ""
+    if row.absolute:
+        return f"<= {_amount(row.target, row.unit)}"
+    return f">= {row.target:g} x" if row.faster else f"<= {row.target:g}"
+
+
+def _amount(value: float, unit: str) -> str:
+    if unit == "B":
+        return f"{value / 2**20:,.1f} MiB"
+    for scale, name in ((1, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if value >= scale:
+            return f"{value / scale:.3g} {name}"
+    return f"{value * 1e9:.0f} ns"
