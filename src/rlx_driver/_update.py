@@ -92,8 +92,7 @@ class UpdateMixin:
                 return _update_mutable([self], None, _mutable(target), step, args, kwargs, has_aux)
             lease = self._lease(target)
         backend: FunctionalBackend = lease.backend
-        # What follows is the hot path: `acquire_one`, `release_one` and the look-up of the
-        # program stand here spelled out, which halves their cost.
+        # What follows is the hot path, so it asks by attributes and not by calls.
         if (
             lease.step is not None
             and lease.step() is step
@@ -123,7 +122,9 @@ class UpdateMixin:
             try:
                 new, aux = program(old, *args, **kwargs)
             except BaseException as error:
-                raise _explained(access, lease, old, error) from error
+                if lease.is_dead(old):
+                    raise access.failed(lease, error) from error
+                raise
             if lease.is_dead(old) and backend.donated_address(new) == lease.address:
                 _landed(access, lease, new)
             else:
@@ -263,13 +264,6 @@ def _arguments(
     )
 
 
-def _explained(access: Access, lease: Lease, old: Any, error: BaseException) -> BaseException:
-    """Give the error to raise when calling a program failed."""
-    if lease.array is not None and lease.is_dead(old):
-        return access.failed(lease, error)
-    return error
-
-
 def _landed(access: Access, lease: Lease, new: Any) -> None:
     """Note that a donated result lies where it should."""
     lease.array = new
@@ -309,8 +303,8 @@ def _order_all_after(accesses: Sequence[Access], backend: FunctionalBackend) -> 
     try:
         backend.wait([access.pending.array for access in out if access.pending is not None])
     except Exception as error:
-        lost = [access.pending and access.failed(access.pending, error) for access in accesses]
-        raise next(filter(None, lost)) from error
+        lost = [access.failed(access.pending, error) for access in accesses if access.pending]
+        raise lost[0] from error
     for access in out:
         access.pending = None
 

@@ -87,7 +87,6 @@ class Buffer(ViewsMixin, UpdateMixin, SlicesMixin, TransferMixin, InteropMixin):
         derivation: Callable[[Backend, Any], Any] | None = None,
     ) -> None:
         facts = backend.facts(native)
-        self._native = native
         self._backend = backend
         self._facts = facts
         self._device = facts.device
@@ -99,6 +98,7 @@ class Buffer(ViewsMixin, UpdateMixin, SlicesMixin, TransferMixin, InteropMixin):
         self._numpy: Any = None
         self._torch: Any = None
         self._jax: Lease | None = None
+        self._native = native  # last: another thread takes it for a sign that all is there
 
     @classmethod
     def _adopt(cls, native: Any, backend: Backend, label: str | None = None) -> Buffer:
@@ -230,8 +230,8 @@ class Buffer(ViewsMixin, UpdateMixin, SlicesMixin, TransferMixin, InteropMixin):
                 f"{raw.nbytes:,} bytes were given for {dt.name}{list(shape)}, which takes "
                 f"{byte_size(shape, dt):,}"
             )
-        self = cls.zeros(shape, dt, device)
         ledger.will_copy(raw.nbytes, "from_bytes")
+        self = cls.zeros(shape, dt, device)
         if raw.nbytes:
             self._backend.copy_in(self._native, raw.view(dt).reshape(shape))
         return self

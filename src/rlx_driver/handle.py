@@ -11,7 +11,7 @@ import numpy as np
 from rlx_driver import dtypes
 from rlx_driver._slices import shape_of
 from rlx_driver.access import Access
-from rlx_driver.backends.base import ALIGNMENT, Backend, FunctionalBackend
+from rlx_driver.backends.base import ALIGNMENT, Backend, FunctionalBackend, accounting
 from rlx_driver.buffer import Buffer
 from rlx_driver.device import Device
 from rlx_driver.errors import (
@@ -23,7 +23,7 @@ from rlx_driver.errors import (
 from rlx_driver.registry import registry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, MutableMapping
 
 __all__ = ["BufferHandle", "HandleRegion", "open_handles"]
 
@@ -91,6 +91,8 @@ class BufferHandle(Buffer):
         if region is None:
             self._region = HandleRegion(place)
             self._region._label = f"own region of {name!r}"
+            # Weakly: nobody else asks this region for the handle, and a cycle would keep it.
+            self._region._handles = weakref.WeakValueDictionary()
         else:
             self._region = region
         self._region._add({name: self})
@@ -202,7 +204,7 @@ class HandleRegion:
         self._backend_name = backend
         self._label = f"region on {self._device}"
         self._lock = threading.RLock()
-        self._handles: dict[str, BufferHandle] = {}
+        self._handles: MutableMapping[str, BufferHandle] = {}
         self._closed = False
 
     @property
@@ -370,6 +372,7 @@ def _fill_owned(handle: BufferHandle, backend: FunctionalBackend, device: Device
     lease = Lease(backend, address, handle.shape)
     lease.array = array
     owner = _Owned(lease)
+    accounting.add(device, handle.byte_size, owner)
     native = array_at(address, handle.shape, handle.dtype, owner)
     handle._live(native, native_backend, owner)
     facts = handle._facts
