@@ -9,10 +9,12 @@ import doctest
 import importlib
 import importlib.util
 import inspect
+import itertools
 import os
 import re
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -54,6 +56,8 @@ _SECTIONS = {
     "Attributes",
     "Methods",
 }
+
+_DOCUMENTED = (types.FunctionType, property, staticmethod, classmethod)
 
 
 def blocks(page: Path) -> list[tuple[int, str, str]]:
@@ -175,11 +179,8 @@ def test_every_public_name_has_a_numpy_docstring(name: str) -> None:
     _check_docstring(name, described)
     if inspect.isclass(described) and not issubclass(described, BaseException):
         for attribute, member in vars(described).items():
-            if attribute.startswith("_") or not isinstance(
-                member, (property, staticmethod, classmethod)
-            ):
-                if attribute.startswith("_") or not inspect.isfunction(member):
-                    continue
+            if attribute.startswith("_") or not isinstance(member, _DOCUMENTED):
+                continue
             _check_docstring(f"{name}.{attribute}", member)
 
 
@@ -189,7 +190,7 @@ def _check_docstring(name: str, thing: object) -> None:
     lines = text.splitlines()
     assert lines[0].endswith((".", ":")), f"{name}: the first line is a sentence"
     assert len(lines) == 1 or not lines[1], f"{name}: an empty line follows the first"
-    for heading, rule in zip(lines, lines[1:], strict=False):
+    for heading, rule in itertools.pairwise(lines):
         if rule and set(rule) == {"-"}:
             assert heading in _SECTIONS, f"{name}: {heading!r} is no numpydoc section"
             assert len(rule) == len(heading), f"{name}: the rule under {heading} has its length"

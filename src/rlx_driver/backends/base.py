@@ -1,4 +1,4 @@
-"""The contract of a backend, and the small values that backends and the core pass around.
+"""The contract of a backend.
 
 A backend speaks for one framework: it allocates bytes, makes typed views of them, says what an
 array is, shares foreign memory, copies, and orders work. The core never asks which framework it
@@ -7,18 +7,16 @@ has; a third party adds one by subclassing `Backend` (see `rlx_driver.register_b
 
 from __future__ import annotations
 
-import threading
-import weakref
 from abc import ABC, abstractmethod
-from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rlx_driver.errors import DTypeError, OutOfDeviceMemory
+from rlx_driver.backends.accounting import accounting, require_memory
+from rlx_driver.backends.facts import ArrayFacts, Obstacle, row_major_strides
+from rlx_driver.errors import DTypeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from types import ModuleType
 
     import numpy as np
@@ -35,137 +33,12 @@ __all__ = [
     "Obstacle",
     "Order",
     "accounting",
+    "require_memory",
     "row_major_strides",
 ]
 
 ALIGNMENT = 256
 """Bytes to which every allocation is aligned: enough for JAX (64) and for CUDA (256)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Obstacle:
-    """A reason why memory cannot be shared, and what to do about it.
-
-    Attributes
-    ----------
-    kind
-        One word: alignment, strides, dtype, x64, read-only, requires_grad, conj, neg, device,
-        trace, protocol.
-    text
-        What was found.
-    remedy
-        What the caller can do.
-    copyable
-        Whether a copy gets round it. A change of value never does.
-    """
-
-    kind: str
-    text: str
-    remedy: str
-    copyable: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.text}; {self.remedy}"
-
-
-@dataclass(frozen=True, slots=True)
-class ArrayFacts:
-    """What an array is, in the driver's terms.
-
-    Attributes
-    ----------
-    address
-        Of element zero, in bytes; 0 when the array is empty.
-    shape
-        Lengths of the axes.
-    strides
-        Bytes from one element to the next along each axis.
-    dtype
-        The NumPy (or ml_dtypes) dtype.
-    device
-        Where it lives.
-    read_only
-        Whether it is flagged as not to be written.
-    immutable
-        Whether its framework has no writes at all, as JAX. Sharing it is safe as long as nobody
-        writes through the other side.
-    obstacle
-        Why its framework cannot hand it out as it is, if so.
-    """
-
-    address: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: np.dtype[Any]
-    device: Device
-    read_only: bool = False
-    immutable: bool = False
-    obstacle: Obstacle | None = None
-
-    @property
-    def num_elements(self) -> int:
-        """The number of elements."""
-        count = 1
-        for n in self.shape:
-            count *= n
-        return count
-
-    @property
-    def byte_size(self) -> int:
-        """Bytes of the elements, gaps between them left out."""
-        return self.num_elements * self.dtype.itemsize
-
-    @property
-    def is_row_major(self) -> bool:
-        """Whether the elements lie in C order without a gap."""
-        return is_row_major(self.shape, self.strides, self.dtype.itemsize)
-
-
-def row_major_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
-    """Give the byte strides of a C-contiguous array."""
-    strides, step = [], itemsize
-    for n in reversed(shape):
-        strides.append(step)
-        step *= max(n, 1)
-    return tuple(reversed(strides))
-
-
-def is_row_major(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
-    """Tell whether an array is C-contiguous; axes of length one and empty arrays always fit."""
-    if 0 in shape:
-        return True
-    step = itemsize
-    for n, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if n != 1 and stride != step:
-            return False
-        step *= n
-    return True
-
-
-class _Accounting:
-    """Bytes that the driver has allocated on each device and that are still alive."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._in_use: Counter[Device] = Counter()
-
-    def add(self, device: Device, nbytes: int, owner: object) -> None:
-        """Count an allocation until its owner is collected."""
-        with self._lock:
-            self._in_use[device] += nbytes
-        weakref.finalize(owner, self._release, device, nbytes).atexit = False
-
-    def _release(self, device: Device, nbytes: int) -> None:
-        with self._lock:
-            self._in_use[device] -= nbytes
-
-    def in_use(self, device: Device) -> int:
-        """Give the bytes alive on a device."""
-        return self._in_use[device]
-
-
-accounting = _Accounting()
-"""Allocation statistics of this process."""
 
 
 class Order:
@@ -440,18 +313,3 @@ class FunctionalBackend(Backend):
 
         Buffers in it, known by ``__rlx_array__``, become their views.
         """
-
-
-def require_memory(nbytes: int, info: MemoryInfo, device: Device) -> None:
-    """Refuse an allocation that the device could never hold.
-
-    Raises
-    ------
-    OutOfDeviceMemory
-        When `nbytes` exceeds the device's total memory.
-    """
-    if nbytes > info.total:
-        raise OutOfDeviceMemory(
-            f"{nbytes:,} bytes were asked for on {device}, which has {info.total:,} in all "
-            f"({info.free:,} free, {info.in_use:,} in use by the driver); ask for less"
-        )
