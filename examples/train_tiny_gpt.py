@@ -184,13 +184,13 @@ def main() -> None:
     """Read the command line and train."""
     default = tiny_gpt.Config()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=tiny_gpt.WEIGHTS)
     parser.add_argument("--batch", type=int, default=4, help="full-length sequences in a step")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="at its peak")
     parser.add_argument("--warm-up", type=int, default=100, help="steps")
-    parser.add_argument("--weight-decay", type=float, default=0.8)
+    parser.add_argument("--weight-decay", type=float, default=1.5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--report", type=int, default=200, help="steps between reports")
     for name in ("layers", "heads", "head_dim", "hidden", "max_seq"):

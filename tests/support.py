@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -121,7 +122,7 @@ def address(x):
         return x.data_ptr()
     if hasattr(x, "unsafe_buffer_pointer"):
         return x.block_until_ready().unsafe_buffer_pointer()
-    if hasattr(x, "address"):
+    if isinstance(x, rlx.Buffer):
         return x.address
     return np.from_dlpack(x).__array_interface__["data"][0]
 
@@ -133,11 +134,11 @@ def read_bytes(x):
     if hasattr(x, "data_ptr"):
         import torch
 
-        plain = x.detach().resolve_conj().resolve_neg().contiguous()
-        return plain.reshape(-1).view(torch.uint8).cpu().numpy().tobytes()
+        plain = torch.empty(x.shape, dtype=x.dtype).copy_(x.detach())
+        return plain.view(-1).view(torch.uint8).numpy().tobytes()
     if isinstance(x, rlx.Buffer):
         return x.numpy().tobytes()
-    return np.asarray(x).tobytes()
+    return np.asarray(x if hasattr(x, "is_deleted") else np.from_dlpack(x)).tobytes()
 
 
 def write_bytes(x, data):
@@ -194,16 +195,16 @@ class Exporter:
 
 def python(code, *, flags=(), **env):
     """Run code in a fresh interpreter that sees the package under test; give the result."""
-    import os
-
-    path = os.pathsep.join([str(SOURCE), str(Path(__file__).parent)])
+    path = [str(SOURCE), str(Path(__file__).parent)]
+    if "PYTHONPATH" in os.environ:
+        path.append(os.environ["PYTHONPATH"])
     return subprocess.run(
         [sys.executable, *flags, "-c", code],
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
-        env={**os.environ, "PYTHONPATH": path, **env},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **env},
     )
 
 

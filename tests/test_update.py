@@ -106,7 +106,7 @@ def test_every_dtype_of_jax_is_updated_in_place(dtype):
     b = rlx.Buffer.from_array(expected, copy=True)
     where = b.address
     with rlx.no_copies():
-        b.update(lambda x: x.at[3].set(2))
+        b.update(lambda x: x.at[3].set(jnp.full((), 2).astype(x.dtype)))
         assert address(b.jax()) == where
     expected[3] = 2
     assert b.numpy().dtype == dtype
@@ -188,6 +188,45 @@ def test_an_aux_output_that_looks_like_the_state_does_not_take_its_memory():
             assert address(aux) != b.address
             assert (np.asarray(aux) == 2 * i).all()
             assert (b.numpy() == i + 1).all()
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_a_step_that_returns_one_of_its_arguments(jitted):
+    b, y = rlx.Buffer.zeros(64), jnp.full(64, 3, jnp.float32)
+    n = b.numpy()
+
+    def second(x, y):
+        return y
+
+    step = jax.jit(second, donate_argnums=0, keep_unused=True) if jitted else second
+    with rlx.no_copies():
+        b.update(step, y)
+    assert (n == 3).all()
+    assert address(b.jax()) == b.address != address(y)
+    with b.write("numpy") as w:
+        w += 1
+    assert (np.asarray(y) == 3).all()
+    b.update(plus_one)
+    assert (n == 5).all()
+
+
+def test_a_jitted_step_with_a_weakly_typed_result():
+    b = rlx.Buffer.zeros(64)
+    step = jax.jit(lambda x: jnp.full(64, 2.0), donate_argnums=0, keep_unused=True)
+    assert jax.eval_shape(step, jnp.zeros(64)).weak_type
+    with rlx.no_copies():
+        for _ in range(2):
+            b.update(step)
+    assert (b.numpy() == 2).all()
+
+
+def test_the_state_as_aux_too_gets_memory_of_its_own():
+    b = rlx.Buffer.from_array(np.full(64, 2, np.float32), copy=True)
+    aux = b.update(lambda x: (x, x), has_aux=True)
+    assert address(aux) != b.address
+    b.update(plus_one)
+    assert (np.asarray(aux) == 2).all()
+    assert (b.numpy() == 3).all()
 
 
 def test_the_old_jax_view_is_dead_and_says_so():

@@ -247,7 +247,7 @@ def _exchange(
     if copy is True:
         ledger.will_copy(facts.byte_size, "copy=True was asked for")
     elif obstacle is not None:
-        ledger.will_copy(facts.byte_size, f"{obstacle.kind} (to {_name(target)})")
+        ledger.will_copy(facts.byte_size, f"{obstacle.kind} (to {_name(target)})", str(obstacle))
     else:
         return share_verified(x, facts, target)
     fresh = _copied(x, source, facts, target)

@@ -170,7 +170,7 @@ class Ledger:
         with self._lock:
             self._host_waits += 1
 
-    def will_copy(self, nbytes: int, reason: str) -> None:
+    def will_copy(self, nbytes: int, reason: str, remedy: str = "") -> None:
         """Announce a copy before any byte moves.
 
         Parameters
@@ -179,23 +179,29 @@ class Ledger:
             Bytes about to be copied.
         reason
             Why the memory cannot be shared or reused; one of a small set of phrases.
+        remedy
+            What a caller who is not allowed to copy can do.
 
         Raises
         ------
         ZeroCopyError
             Inside `no_copies`; then nothing is counted.
         """
-        self.require_copies(nbytes, reason)
+        self.require_copies(nbytes, reason, remedy)
+        self.count_copy(nbytes, reason)
+
+    def count_copy(self, nbytes: int, reason: str) -> None:
+        """Count a copy that nothing can hold up any more."""
         with self._lock:
             was = self._reasons.get(reason, CopyCount())
             self._reasons[reason] = CopyCount(was.copies + 1, was.bytes + nbytes)
 
-    def require_copies(self, nbytes: int, reason: str) -> None:
+    def require_copies(self, nbytes: int, reason: str, remedy: str = "") -> None:
         """Raise `ZeroCopyError` inside `no_copies`; counts nothing."""
         if _copies_forbidden.get():
             raise ZeroCopyError(
-                f"a copy of {nbytes:,} bytes was needed inside no_copies(): {reason}. "
-                "rlx_driver.explain(x, framework) says how to avoid it"
+                f"a copy of {nbytes:,} bytes was needed inside no_copies(): {reason}"
+                + (f"; {remedy}" if remedy else ". Nothing was copied")
             )
 
     def __repr__(self) -> str:

@@ -5,12 +5,26 @@ Used until JAX is loaded; then JAX's registry of pytrees, which users extend, ta
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["flatten", "unflatten"]
+from rlx_driver.registry import registry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["flatten", "functions", "unflatten"]
+
+
+def functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Give the functions that take trees apart and together: JAX's once it is loaded."""
+    if "jax" in sys.modules:
+        jax: Any = registry.get("jax")
+        return jax.flatten, jax.unflatten
+    return flatten, unflatten
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:

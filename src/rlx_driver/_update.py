@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlx_driver._exchange import exchange, resolve
+from rlx_driver._exchange import exchange, resolve, share_verified
+from rlx_driver._inputs import Inputs
 from rlx_driver._ledger import ledger
 from rlx_driver.access import (
     Access,
@@ -18,9 +20,16 @@ from rlx_driver.access import (
     uncommitted,
     written,
 )
-from rlx_driver.backends.base import Backend, FunctionalBackend
-from rlx_driver.errors import DTypeError, ShapeError, UpdateFailedError, ZeroCopyError
+from rlx_driver.backends.base import Backend, FunctionalBackend, split_aux
+from rlx_driver.errors import (
+    DTypeError,
+    ShapeError,
+    StaleViewError,
+    UpdateFailedError,
+    ZeroCopyError,
+)
 from rlx_driver.registry import registry
+from rlx_driver.scopes import WriteScope
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,7 +37,11 @@ if TYPE_CHECKING:
 
     from rlx_driver.buffer import Buffer
 
-__all__ = ["UpdateMixin", "update_many"]
+_IN_PLACE = (
+    "a step that is jitted already needs donate_argnums=0, and nothing else may hold its views"
+)
+
+__all__ = ["Structure", "UpdateMixin", "update_many"]
 
 
 class UpdateMixin:
@@ -85,14 +98,17 @@ class UpdateMixin:
             the access that needs the result.
         """
         lease = self._leases.get(framework)
-        if lease is None:  # the first update in this framework, or a mutable one
-            target = resolve(framework)
-            self._materialise()
-            if not isinstance(target, FunctionalBackend):
-                return _update_mutable([self], None, _mutable(target), step, args, kwargs, has_aux)
-            lease = self._lease(target)
+        if (
+            lease is None
+            or kwargs
+            or any(type(a) not in lease.backend.plain_arguments for a in args)
+        ):
+            return update_many(
+                [self], None, step, args, kwargs, framework, has_aux, static_argnums, ordered
+            )
+        # What follows is `update_many` for the everyday case, which every decode step pays: it
+        # asks by attributes and not by calls.
         backend: FunctionalBackend = lease.backend
-        # What follows is the hot path, so it asks by attributes and not by calls.
         if (
             lease.step is not None
             and lease.step() is step
@@ -112,15 +128,8 @@ class UpdateMixin:
                 or old is None
             ):
                 old = _ready_lease(self, access, lease, backend)
-            plain = backend.plain_arguments
-            for value in args:
-                if type(value) not in plain:
-                    args = _arguments(backend, args, static_argnums)
-                    break
-            if kwargs:
-                kwargs = {name: backend.argument(value) for name, value in kwargs.items()}
             try:
-                new, aux = program(old, *args, **kwargs)
+                new, aux = program(old, *args)
             except BaseException as error:
                 if lease.is_dead(old):
                     raise access.failed(lease, error) from error
@@ -128,7 +137,7 @@ class UpdateMixin:
             if lease.is_dead(old) and backend.donated_address(new) == lease.address:
                 _landed(access, lease, new)
             else:
-                aux = _land_elsewhere([self], [lease], [new], aux)
+                aux = _land_elsewhere([self], [lease], [old], [new], aux)
             if ordered and access.native_out:
                 _order_after(access, backend)
         finally:
@@ -136,11 +145,18 @@ class UpdateMixin:
         return aux
 
 
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """The structure of a tree of buffers, and how to take such trees apart and together."""
+
+    treedef: Any
+    flatten: Callable[[Any], tuple[list[Any], Any]]
+    unflatten: Callable[[Any, list[Any]], Any]
+
+
 def update_many(
     buffers: Sequence[Buffer],
-    structure: Any,
-    rebuild: Callable[[list[Any]], Any],
-    flatten: Callable[[Any], tuple[list[Any], Any]],
+    structure: Structure | None,
     step: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -149,22 +165,28 @@ def update_many(
     static: int | tuple[int, ...],
     ordered: bool,
 ) -> Any:
-    """Run `rlx_driver.update` over a flattened tree, all or nothing."""
+    """Run `rlx_driver.update` over a flattened tree, or over one buffer without a structure."""
     target = resolve(framework)
     for buffer in buffers:
         if buffer._native is None:
             buffer._materialise()
+    inputs = Inputs(args, kwargs, static)
     if not isinstance(target, FunctionalBackend):
-        tree = (rebuild, flatten, structure)
-        return _update_mutable(buffers, tree, _mutable(target), step, args, kwargs, has_aux)
-    if not isinstance(static, tuple):
-        static = (static,)
+        return _update_mutable(buffers, structure, _mutable(target), step, inputs, has_aux)
+    if not target.trace_state_clean():
+        raise StaleViewError(
+            f"{buffers[0]._access.label if buffers else 'a tree'}.update(...) was called inside a "
+            "trace, where nothing can be changed in place: call it outside, or make the whole "
+            "function the step"
+        )
     name = target.name
     leases = [buffer._leases.get(name) or buffer._lease(target) for buffer in buffers]
-    program = target.compiled_step(step, structure, has_aux, static)
+    treedef = None if structure is None else structure.treedef
+    program = target.compiled_step(step, treedef, has_aux, inputs.static)
     accesses = [buffer._access for buffer in buffers]
     taken = list(dict.fromkeys(accesses))
-    acquire(taken)
+    reads = inputs.reads(taken)
+    acquire(taken, reads)
     try:
         olds = [
             lease.array
@@ -172,10 +194,9 @@ def update_many(
             else _ready_lease(buffer, access, lease, target, leases)
             for buffer, access, lease in zip(buffers, accesses, leases, strict=True)
         ]
-        args = _arguments(target, args, static)
-        kwargs = {key: target.argument(value) for key, value in kwargs.items()}
+        args, kwargs = inputs.for_framework(target)
         try:
-            news, aux = program(olds, *args, **kwargs)
+            result, aux = program(olds[0] if structure is None else olds, *args, **kwargs)
         except BaseException as error:
             lost = [
                 access.failed(lease, error)
@@ -185,6 +206,7 @@ def update_many(
             if lost:
                 raise lost[0] from error
             raise
+        news = [result] if structure is None else result
         if all(map(target.is_dead, olds)) and list(map(target.donated_address, news)) == [
             lease.address for lease in leases
         ]:
@@ -196,11 +218,11 @@ def update_many(
                     access.handed.clear()
             written(taken)
         else:
-            aux = _land_elsewhere(buffers, leases, news, aux)
+            aux = _land_elsewhere(buffers, leases, olds, news, aux)
         if ordered:
             _order_all_after(taken, target)
     finally:
-        release(taken)
+        release(taken, reads)
     return aux
 
 
@@ -245,23 +267,14 @@ def _ready_lease(
         access.order.before_functional()
     array = lease.array
     if array is None:
-        if not backend.trace_state_clean():
-            buffer._functional_view(backend, in_scope=True)  # raises, saying why
+        if not backend.can_lease(buffer.device):
+            # The way round where donation does not stay in place: an import that nobody else
+            # sees, whose result is copied back.
+            return share_verified(buffer._native, buffer._facts, backend)
         return buffer._imported(lease)
     if lease.is_dead(array):
         raise uncommitted(access)
     return array
-
-
-def _arguments(
-    backend: FunctionalBackend, args: tuple[Any, ...], static: int | tuple[int, ...]
-) -> tuple[Any, ...]:
-    """Make a step's arguments safe; the static ones are values already."""
-    if not isinstance(static, tuple):
-        static = (static,)
-    return tuple(
-        [value if i + 1 in static else backend.argument(value) for i, value in enumerate(args)]
-    )
 
 
 def _landed(access: Access, lease: Lease, new: Any) -> None:
@@ -310,7 +323,11 @@ def _order_all_after(accesses: Sequence[Access], backend: FunctionalBackend) -> 
 
 
 def _land_elsewhere(
-    buffers: Sequence[Buffer], leases: Sequence[Lease], news: Sequence[Any], aux: Any
+    buffers: Sequence[Buffer],
+    leases: Sequence[Lease],
+    olds: Sequence[Any],
+    news: Sequence[Any],
+    aux: Any,
 ) -> Any:
     """Copy results into place that did not land there, after the old readers are fenced.
 
@@ -321,51 +338,50 @@ def _land_elsewhere(
         every buffer whose array was not donated.
     """
     backend = leases[0].backend
-    astray = [
-        (buffer, lease, new)
-        for buffer, lease, new in zip(buffers, leases, news, strict=True)
-        if not lease.is_dead(lease.array) or backend.donated_address(new) != lease.address
-    ]
-    # Waiting comes before asking for any address: see FunctionalBackend.address.
-    for buffer, _, new in astray:
+    entries = list(zip(buffers, leases, olds, news, strict=True))
+    # An array that was not donated is waited for before anything asks for an address: see
+    # FunctionalBackend.address.
+    refused = [entry for entry in entries if not backend.is_dead(entry[2])]
+    for buffer, _, _, new in refused:
         try:
             backend.wait(new)
         except Exception as error:
             raise UpdateFailedError(
-                f"the program that updates {buffer._access.label} failed while it ran: {error}. "
-                "It had not been donated the memory; nothing was changed"
+                f"the program that updates {buffer._access.label} failed while it ran: {error}. It "
+                "had not been given the memory; nothing was changed"
             ) from error
-    refused = [entry for entry in astray if not lease_is_lost(entry[1])]
-    if refused:
-        ledger.will_copy(
-            sum(buffer.byte_size for buffer, _, _ in refused), "the result was not made in place"
-        )
-        fence(dict.fromkeys(buffer._access for buffer, _, _ in refused), _kept(leases, refused))
-    if len(refused) < len(astray):
-        aux = _moved_off(backend, aux, {lease.address for _, lease, _ in astray})
-    for buffer, lease, new in astray:
+    stray = [
+        entry
+        for entry in entries
+        if entry[1].array is None  # not a lease but a plain import
+        or not backend.is_dead(entry[2])
+        or backend.donated_address(entry[3]) != entry[1].address
+    ]
+    moved = sum(buffer.byte_size for buffer, *_ in stray)
+    lost = [lease.address for _, lease, old, _ in stray if backend.is_dead(old) and lease.array]
+    if not lost:
+        ledger.will_copy(moved, "the result was not made in place", _IN_PLACE)
+        kept = [lease for _, lease, old, _ in entries if backend.is_dead(old)]
+        fence(dict.fromkeys(buffer._access for buffer, *_ in stray), kept)
+    else:
+        # Donated, so there is no way back; another output may have taken the memory.
+        ledger.count_copy(moved, "the result was not made in place")
+        aux = _moved_off(backend, aux, set(lost))
+    for buffer, lease, old, new in stray:
+        backend.wait(new)
         with buffer._backend.writing():
             value = exchange(new, buffer._backend.name, copy=None)
             buffer._backend.copy_across(buffer._native, value)
-        if lease_is_lost(lease):
+        if backend.is_dead(old):
             lease.array = lease.handed = None
+            buffer._access.handed.pop(lease, None)
         buffer._access.order.after_native()
         buffer._access.written()
-    done = {id(lease) for _, lease, _ in astray}
-    for buffer, lease, new in zip(buffers, leases, news, strict=True):
+    done = {id(lease) for _, lease, _, _ in stray}
+    for buffer, lease, _, new in entries:
         if id(lease) not in done:
             _landed(buffer._access, lease, new)
     return aux
-
-
-def lease_is_lost(lease: Lease) -> bool:
-    """Tell whether a lease's array was donated, so that there is nothing left to fence."""
-    return lease.array is None or lease.is_dead(lease.array)
-
-
-def _kept(leases: Sequence[Lease], refused: list[tuple[Buffer, Lease, Any]]) -> list[Lease]:
-    fenced = {id(lease) for _, lease, _ in refused}
-    return [lease for lease in leases if id(lease) not in fenced]
 
 
 def _moved_off(backend: FunctionalBackend, aux: Any, taken: set[int]) -> Any:
@@ -395,30 +411,21 @@ def _mutable(target: Backend | ModuleType) -> Backend:
 
 def _update_mutable(
     buffers: Sequence[Buffer],
-    tree: tuple[Any, Any, Any] | None,
+    structure: Structure | None,
     target: Backend,
     step: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    inputs: Inputs,
     has_aux: bool,
 ) -> Any:
-    from rlx_driver.scopes import WriteScope
-
-    with WriteScope(buffers, target.name, None, list) as views, target.writing():
-        args = tuple(_viewed(value, target) for value in args)
-        kwargs = {name: _viewed(value, target) for name, value in kwargs.items()}
-        result = step(views[0] if tree is None else tree[0](views), *args, **kwargs)
-        aux = None
-        if has_aux:
-            if not isinstance(result, tuple) or len(result) != 2:
-                raise ShapeError(
-                    "with has_aux=True a step returns (state, aux); this one returned a "
-                    f"{type(result).__qualname__}"
-                )
-            result, aux = result
+    reads = inputs.reads([buffer._access for buffer in buffers])
+    with WriteScope(buffers, target.name, None, list, reads) as views, target.writing():
+        args, kwargs = inputs.for_framework(target)
+        state = views[0] if structure is None else structure.unflatten(structure.treedef, views)
+        result = step(state, *args, **kwargs)
+        result, aux = split_aux(result, has_aux)
         if result is None:
             return aux  # it changed its argument
-        news = [result] if tree is None else _flattened(result, tree)
+        news = [result] if structure is None else _flattened(result, structure)
         changed = [
             (buffer, view, _fitting_result(buffer, view, new, target))
             for buffer, view, new in zip(buffers, views, news, strict=True)
@@ -431,25 +438,20 @@ def _update_mutable(
         ]
         if changed:
             moved = sum(buffer.byte_size for buffer, _, _ in changed)
-            ledger.will_copy(moved, "the result was not made in place")
+            ledger.will_copy(
+                moved, "the result was not made in place", "change the argument instead"
+            )
         for (_, view, _), value in zip(changed, values, strict=True):
             target.copy_across(view, value)
         return aux
 
 
-def _viewed(value: Any, target: Backend) -> Any:
-    give = getattr(value, "__rlx_array__", None)
-    return value if give is None else give(target.name)
-
-
-def _flattened(result: Any, tree: tuple[Any, Any, Any]) -> list[Any]:
-    _, flatten, structure = tree
-    leaves: list[Any]
-    leaves, found = flatten(result)
-    if found != structure:
+def _flattened(result: Any, structure: Structure) -> list[Any]:
+    leaves, found = structure.flatten(result)
+    if found != structure.treedef:
         raise ShapeError(
-            f"a step returns its state with the structure it came in: {structure}; this one "
-            f"returned {found}. To return more, pass has_aux=True"
+            f"a step returns its state with the structure it came in: {structure.treedef}; this "
+            f"one returned {found}. To return more, pass has_aux=True"
         )
     return leaves
 

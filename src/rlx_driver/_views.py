@@ -187,9 +187,7 @@ class ViewsMixin:
             )
         facts = self._facts
         if isinstance(target, Backend) and (obstacle := target.obstacle(facts)) is not None:
-            raise ZeroCopyError(
-                f"{self._access.label} cannot be seen by {target.name} as it is: {obstacle}"
-            )
+            raise ZeroCopyError(_refused(self, target, obstacle))
         ledger.count_exchange()
         if (
             self._parent is not None
@@ -198,16 +196,21 @@ class ViewsMixin:
         ):
             # By way of the base's view, so that they share what the framework keeps for a base,
             # such as torch's version counter.
-            base = self._parent._view_of(target)
-            if target.may_cache(base):
+            base = self._parent._base_view(target)
+            if base is not None and target.may_cache(base):
                 view = self._derivation(target, base)
                 verify(view, facts, target.facts(view))
                 return view
         with self._backend.exporting(self._device):
             return share_verified(self._native, facts, target)
 
+    def _base_view(self, target: Backend) -> Any | None:
+        """Give the view that slices are made from; None where the framework cannot see the base."""
+        return None if target.obstacle(self._facts) is not None else self._view_of(target)
+
     def _mark(self, backend: Backend, view: Any) -> None:
-        if self._parent is None and type(backend).mark_written is not Backend.mark_written:
+        own = self._parent is None or backend.obstacle(self._parent._facts) is not None
+        if own and type(backend).mark_written is not Backend.mark_written:
             self._access.marks.append((backend, [view]))
 
     def _functional_view(self, target: FunctionalBackend, *, in_scope: bool = False) -> Any:
@@ -263,8 +266,12 @@ class ViewsMixin:
         if obstacle is None and not facts.is_row_major:
             obstacle = backend.obstacle(facts) or _not_row_major(facts)
         if obstacle is not None:
+            raise ZeroCopyError(_refused(self, backend, obstacle))
+        if not backend.can_lease(self._device):
             raise ZeroCopyError(
-                f"{self._access.label} cannot be seen by {backend.name} as it is: {obstacle}"
+                f"this {backend.name} does not update memory in place that it does not own, so its "
+                "readers could not be fenced: make the handle in a HandleRegion(device, "
+                f"backend={backend.name!r}). update() works, by way of a copy"
             )
         ledger.count_exchange()
         with self._backend.exporting(self._device):
@@ -272,6 +279,14 @@ class ViewsMixin:
         verify(array, facts, backend.facts(array))
         lease.array = array
         return array
+
+
+def _refused(buffer: Any, target: Backend, obstacle: Obstacle) -> str:
+    return (
+        f"{buffer!r} cannot be seen by {target.name} as it is: {obstacle.text}. A view never "
+        f"copies; for a copy say rlx_driver.exchange(buffer.numpy(), {target.name!r}, copy=True), "
+        "where the dtype has a counterpart"
+    )
 
 
 def _not_row_major(facts: ArrayFacts) -> Obstacle:

@@ -62,8 +62,9 @@ class OutOfDeviceMemory(DriverError, MemoryError):  # noqa: N818 - the contract'
 class StaleViewError(DriverError, RuntimeError):
     """An accessor was asked for bytes that are changing, were given away, or belong elsewhere.
 
-    Raised inside a write scope, from a callback of the buffer's own update, under a JAX trace,
-    after a user's own donation that was never committed, and in a forked child.
+    Raised inside a write scope, from a callback of the buffer's own update, under a JAX trace, in
+    a forked child, and by `jax`, `update` and the scopes after a user's own donation that was
+    never committed.
     """
 
 

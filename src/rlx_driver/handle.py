@@ -278,8 +278,13 @@ class HandleRegion:
                 handle._slot = None if memory is None else (memory, offsets[name])
                 made[name] = handle
             self._add(made)
-            for handle in made.values():
-                handle._materialise()
+            try:
+                for handle in made.values():
+                    handle._materialise()
+            except BaseException:
+                for handle in made.values():
+                    handle.close()
+                raise
         return made
 
     def __getitem__(self, name: str) -> BufferHandle:

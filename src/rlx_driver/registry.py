@@ -159,9 +159,10 @@ def _builtin_factory(name: str, module: str, cls: str) -> Callable[[], Backend]:
         try:
             return getattr(importlib.import_module(module), cls)()  # type: ignore[no-any-return]
         except ImportError as error:
+            extra = "rlx-driver" if name == "numpy" else f"'rlx-driver[{name}]'"
             raise DeviceUnavailableError(
-                f"{name} was asked for and does not import here ({error}); "
-                f"install it with: pip install 'rlx-driver[{name}]'"
+                f"{name} was asked for and does not import here ({error}); install it with: "
+                f"pip install {extra}"
             ) from error
 
     return load

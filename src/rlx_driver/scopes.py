@@ -27,12 +27,14 @@ class _Scope:
         framework: str | ModuleType,
         timeout: float | None,
         rebuild: Callable[[list[Any]], Any] | None = None,
+        reads: Sequence[Access] = (),
     ) -> None:
         self._buffers = buffers
         self._target = resolve(framework)
         self._timeout = timeout
         self._rebuild = rebuild
         self._accesses: list[Access] = []
+        self._reads = reads  # taken together with a writer's own, for the arguments of a step
 
     def _materialised(self) -> list[Access]:
         if self._accesses:
@@ -102,7 +104,7 @@ class WriteScope(_Scope):
         if not isinstance(target, Backend) and not hasattr(target, "from_dlpack"):
             raise ZeroCopyError(f"{target!r} cannot see memory")
         accesses = self._materialised()
-        acquire(accesses, timeout=self._timeout)
+        acquire(accesses, self._reads, timeout=self._timeout)
         try:
             fence(accesses)
             for access in accesses:
@@ -112,7 +114,7 @@ class WriteScope(_Scope):
                 [buffer._mutable_view(target, in_scope=True) for buffer in self._buffers]
             )
         except BaseException:
-            release(accesses)
+            release(accesses, self._reads)
             raise
         self._accesses = accesses
         return given
@@ -130,4 +132,4 @@ class WriteScope(_Scope):
                 if not access.synchronous:
                     access.order.after_native()
         finally:
-            release(accesses)
+            release(accesses, self._reads)

@@ -90,11 +90,14 @@ class TransferMixin:
 
         Raises
         ------
+        ClosedHandleError
+            After `close`.
         DeviceUnavailableError, OutOfDeviceMemory
             As for `Buffer.zeros`.
         """
         from rlx_driver.device import Device
 
+        self._access.require_open()
         target = Device(device)
         return self if target == self.device else _moved(self, target, f"to({target})")
 
@@ -241,7 +244,9 @@ def _value(buffer: Buffer, x: Any, native: Any, source: Backend | None, reads: l
         any(x is array for array in own) or not _same_place(buffer, x, source)
     ):
         return source.copy_out(x)
-    return exchange(x, buffer._backend.name, copy=None)
+    if buffer.device.is_host or (source is not None and not source.device_of(x).is_host):
+        return exchange(x, buffer._backend.name, copy=None)
+    return exchange(x, "numpy", copy=None)  # the backend's own way in from the host
 
 
 def _same_place(buffer: Buffer, x: Any, source: Backend) -> bool:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-import sys
 from typing import TYPE_CHECKING, Any
 
 from rlx_driver import _pytree
 from rlx_driver._exchange import resolve
-from rlx_driver._update import update_many
+from rlx_driver._update import Structure, update_many
 from rlx_driver.backends.base import FunctionalBackend
 from rlx_driver.buffer import Buffer
 from rlx_driver.errors import DTypeError, DuplicateError, ShapeError
-from rlx_driver.registry import registry
 from rlx_driver.scopes import ReadScope, WriteScope
 from rlx_driver.transfer import commit_all
 
@@ -115,18 +113,13 @@ def update(
     """
     target = resolve(framework)
     if isinstance(target, FunctionalBackend):
-        leaves, structure = target.flatten(tree)
-        buffers: Sequence[Buffer] = _checked(leaves)
-        flatten: Any = target.flatten
-        unflatten: Any = target.unflatten
+        flatten, unflatten = target.flatten, target.unflatten
     else:
-        buffers, structure, unflatten = _flattened(tree)
-        flatten = _flattener()[0]
+        flatten, unflatten = _pytree.functions()
+    leaves, treedef = flatten(tree)
     return update_many(
-        buffers,
-        structure,
-        functools.partial(unflatten, structure),
-        flatten,
+        _checked(leaves),
+        Structure(treedef, flatten, unflatten),
         step,
         args,
         kwargs,
@@ -159,7 +152,7 @@ def commit(tree: Any, values: Any) -> None:
         When bytes would move inside `no_copies`, or an alias blocks a fence.
     """
     buffers, structure, _ = _flattened(tree)
-    leaves, found = _flattener()[0](values)
+    leaves, found = _pytree.functions()[0](values)
     if found != structure:
         raise ShapeError(
             f"the values have the structure {found} and the buffers {structure}. Nothing was "
@@ -168,17 +161,8 @@ def commit(tree: Any, values: Any) -> None:
     commit_all(buffers, leaves)
 
 
-def _flattener() -> tuple[Any, Any]:
-    """Give the functions that take trees apart and together."""
-    if "jax" in sys.modules:
-        jax = registry.get("jax")
-        if isinstance(jax, FunctionalBackend):
-            return jax.flatten, jax.unflatten
-    return _pytree.flatten, _pytree.unflatten
-
-
 def _flattened(tree: Any) -> tuple[Sequence[Buffer], Any, Any]:
-    flatten, unflatten = _flattener()
+    flatten, unflatten = _pytree.functions()
     leaves, structure = flatten(tree)
     return _checked(leaves), structure, unflatten
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlx_driver.backends.base import split_aux
 from rlx_driver.errors import DTypeError, RecompilationWarning, ShapeError
 
 __all__ = ["CACHE_LIMIT", "StepCache", "is_jitted"]
@@ -165,24 +166,6 @@ def _signature(tree: Any) -> Any:
 
 def _is_static(leaf: Any) -> bool:
     return isinstance(leaf, (str, bool))
-
-
-def split_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
-    """Take what a step returned apart: ``(state, aux)``, or the state alone.
-
-    Raises
-    ------
-    ShapeError
-        When `has_aux` is set and the result is not a pair.
-    """
-    if not has_aux:
-        return result, None
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise ShapeError(
-            f"with has_aux=True a step returns (state, aux); this one returned a "
-            f"{type(result).__qualname__}. Nothing was changed"
-        )
-    return result
 
 
 def _checked(state: Any, structure: Any, new: Any) -> Any:

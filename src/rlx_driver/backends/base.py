@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlx_driver.backends.accounting import accounting, require_memory
 from rlx_driver.backends.facts import ArrayFacts, Obstacle, row_major_strides
-from rlx_driver.errors import DTypeError
+from rlx_driver.errors import DTypeError, ShapeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,6 +35,7 @@ __all__ = [
     "accounting",
     "require_memory",
     "row_major_strides",
+    "split_aux",
 ]
 
 ALIGNMENT = 256
@@ -206,6 +207,10 @@ class Backend(ABC):
         """Enter what exporting an array of a device needs around it."""
         return nullcontext()
 
+    def argument(self, value: Any) -> Any:
+        """Make one argument of a step safe, a leaf of a tree: JAX reads NumPy arrays late."""
+        return value
+
     def writing(self) -> AbstractContextManager[Any]:
         """Enter what a step of this framework needs around it, such as no_grad."""
         return nullcontext()
@@ -307,9 +312,20 @@ class FunctionalBackend(Backend):
         returns ``(state, aux)`` of that same form.
         """
 
-    @abstractmethod
-    def argument(self, value: Any) -> Any:
-        """Make an argument of a step safe: NumPy arrays are copied, since they are read later.
 
-        Buffers in it, known by ``__rlx_array__``, become their views.
-        """
+def split_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
+    """Take what a step returned apart: ``(state, aux)``, or the state alone and None.
+
+    Raises
+    ------
+    ShapeError
+        When `has_aux` is set and the result is not a pair.
+    """
+    if not has_aux:
+        return result, None
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ShapeError(
+            f"with has_aux=True a step returns (state, aux); this one returned a "
+            f"{type(result).__qualname__}"
+        )
+    return result

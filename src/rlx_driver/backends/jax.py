@@ -62,6 +62,11 @@ class JaxBackend(FunctionalBackend):
     kinds: ClassVar[tuple[str, ...]] = ("tpu",)
 
     def __init__(self) -> None:
+        # The first use may stand inside a trace, where every new array would be a tracer.
+        with jax.ensure_compile_time_eval():
+            self._start()
+
+    def _start(self) -> None:
         self._private = _jax_dlpack.probe()
         self._steps = StepCache()
         self._leases: dict[str, bool] = {}
@@ -343,7 +348,7 @@ class JaxBackend(FunctionalBackend):
         try:
             leased = self.lease(native, facts)
             step = jax.jit(lambda x: x + 1, donate_argnums=0, keep_unused=True)
-            with jax.disable_jit(False):
+            with jax.ensure_compile_time_eval(), jax.disable_jit(False):
                 result = jax.block_until_ready(step(leased))
         except (TypeError, ValueError, RuntimeError, BufferError):
             return False
@@ -404,13 +409,8 @@ class JaxBackend(FunctionalBackend):
         return self._steps.get(step, structure, has_aux, static)
 
     def argument(self, value: Any) -> Any:
-        """Copy NumPy arrays, in a tree too: a jitted call reads them after it has returned."""
-        kind = type(value)
-        if kind is np.ndarray:
-            return np.array(value)
-        if kind in self.plain_arguments:
-            return value
-        return jax.tree_util.tree_map(_snapshot, value)
+        """Copy a NumPy array: a jitted call reads it after the call has returned."""
+        return np.array(value) if isinstance(value, np.ndarray) else value
 
     def gpu_stream(self, index: int) -> int | None:
         """Give the raw handle of JAX's compute stream on a CUDA device, or None."""
@@ -446,13 +446,6 @@ def _numpy_of_array(array: Any) -> np.ndarray[Any, Any] | None:
     ):
         return view
     return None
-
-
-def _snapshot(leaf: Any) -> Any:
-    if isinstance(leaf, np.ndarray):
-        return np.array(leaf)
-    give = getattr(leaf, "__rlx_array__", None)
-    return leaf if give is None else give("jax")
 
 
 def _probe_trace_state() -> Callable[[], bool]:

@@ -1,0 +1,72 @@
+"""The arguments of a step: Buffers in them are read-locked and become views, the rest is safe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rlx_driver import _pytree
+from rlx_driver.backends.base import Backend, FunctionalBackend
+from rlx_driver.errors import StaleViewError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rlx_driver.access import Access
+
+__all__ = ["Inputs"]
+
+
+class Inputs:
+    """What a step takes beside its state.
+
+    Parameters
+    ----------
+    args, kwargs
+        As the caller gave them; Buffers may stand anywhere in them.
+    static
+        Positions of static arguments, the state being 0; those are left alone.
+    """
+
+    def __init__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], static: int | tuple[int, ...]
+    ) -> None:
+        self.static = static if isinstance(static, tuple) else (static,)
+        self._fixed = {i: value for i, value in enumerate(args) if i + 1 in self.static}
+        free = tuple(None if i in self._fixed else value for i, value in enumerate(args))
+        flatten, self._unflatten = _pytree.functions()
+        self._leaves, self._structure = flatten((free, kwargs))
+        self._buffers = [leaf for leaf in self._leaves if hasattr(leaf, "__rlx_native__")]
+
+    def reads(self, writes: Sequence[Access]) -> list[Access]:
+        """Give the accesses of the Buffers among them, to be taken together with the state's.
+
+        Raises
+        ------
+        StaleViewError
+            When one is memory of the state.
+        """
+        for buffer in self._buffers:
+            buffer._materialise()
+        reads = list(dict.fromkeys(buffer._access for buffer in self._buffers))
+        for access in reads:
+            if access in writes:
+                raise StaleViewError(
+                    f"{access.label} is the state of this update and an argument of it too: the "
+                    "step has it as its first argument. Nothing was changed"
+                )
+        return reads
+
+    def for_framework(self, target: Backend) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give the arguments to call with, inside the accesses that `reads` named."""
+        leaves = [self._safe(leaf, target) for leaf in self._leaves]
+        args, kwargs = self._unflatten(self._structure, leaves)
+        args = tuple(self._fixed.get(i, value) for i, value in enumerate(args))
+        return args, kwargs
+
+    def _safe(self, leaf: Any, target: Backend) -> Any:
+        if hasattr(leaf, "__rlx_native__"):
+            if isinstance(target, FunctionalBackend):
+                return leaf._functional_view(target, in_scope=True)
+            leaf._access.settle()
+            return leaf._mutable_view(target, in_scope=True)
+        return target.argument(leaf)
