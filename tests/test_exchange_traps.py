@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -111,6 +112,7 @@ def test_jax_copies_what_is_not_aligned_to_64(source, start):
     assert hex(address(x)) in text
     assert "64" in text
     assert "aligned" in text
+    rlx.ledger.reset()
     for y in each_way(x, "jax", None):
         assert address(y) != address(x)
         assert read_bytes(y) == read_bytes(x)
@@ -167,7 +169,6 @@ def test_jax_refuses_gaps(view, source):
     x = view(make(source))
     with pytest.raises(Exception, match="(?i)strid|compact|align"):
         jnp.from_dlpack(x, copy=False)
-    assert str(tuple(rlx.explain(x, "jax").byte_size for _ in range(1)))
     refusal(x, "jax", False)
     for y in each_way(x, "jax", None):
         assert read_bytes(y) == read_bytes(x)
@@ -261,20 +262,8 @@ def test_donating_a_shared_array_leaves_the_source_as_it_is():
     for x in (aligned(64), torch.zeros(64)):
         for copy in (False, None):
             for y in each_way(x, "jax", copy):
-                with pytest.warns(UserWarning, match="donated") if _warns(add_one) else _quiet():
-                    result = add_one(y).block_until_ready()
-                assert float(result[0]) == 1
+                assert float(add_one(y)[0]) == 1
                 assert float(x[0]) == 0
-
-
-def _warns(step):
-    return False
-
-
-def _quiet():
-    import contextlib
-
-    return contextlib.nullcontext()
 
 
 def test_jnp_asarray_copies_what_exchange_shares():
@@ -288,9 +277,11 @@ class NewMemoryEveryTime:
 
     def __init__(self):
         self.array = make("numpy")
+        self.copies = []  # kept, so that no address comes back
 
     def __dlpack__(self, stream=None):
-        return self.array.copy().__dlpack__()
+        self.copies.append(self.array.copy())
+        return self.copies[-1].__dlpack__()
 
     def __dlpack_device__(self):
         return (1, 0)
@@ -355,7 +346,7 @@ def test_torch_itself_gives_away_a_gradient_under_no_grad():
     with torch.no_grad():
         alias = x.numpy()
     alias[:] = 7
-    assert float(x[0]) == 7
+    assert x.tolist() == [7] * 16
 
 
 def test_detached_tensors_and_buffers_of_modules_are_shared():
@@ -432,11 +423,14 @@ def test_tensors_without_memory_are_refused(target, copy):
 
     with FakeTensorMode():
         fake = torch.ones(16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that compressed rows are in beta state
+        compressed = torch.eye(4).to_sparse_csr()
     for x, says in (
         (fake, "FakeTensor"),
         (torch.ones(16, device="meta"), "meta"),
         (torch.eye(4).to_sparse(), "to_dense"),
-        (torch.eye(4).to_sparse_csr(), "to_dense"),
+        (compressed, "to_dense"),
         (torch.ones(4, 4).to_mkldnn(), "to_dense"),
     ):
         assert says in refusal(x, target, copy)

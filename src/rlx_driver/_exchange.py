@@ -16,15 +16,13 @@ import numpy as np
 
 from rlx_driver import dlpack
 from rlx_driver._ledger import ledger
-from rlx_driver.backends.base import ArrayFacts, Backend, Obstacle
+from rlx_driver.backends.base import ArrayFacts, Backend, FunctionalBackend, Obstacle
 from rlx_driver.device import Device
 from rlx_driver.errors import DriverError, UnknownFrameworkError, ZeroCopyError
 from rlx_driver.registry import registry
 
 __all__ = ["Explanation", "exchange", "explain", "resolve"]
 
-# What frameworks raise for one and the same refusal.
-_REFUSALS = (BufferError, ValueError, TypeError, RuntimeError, AssertionError, AttributeError)
 _MODULES = {
     "numpy": "numpy",
     "torch": "torch",
@@ -167,10 +165,12 @@ def explain(x: Any, framework: str | ModuleType) -> Explanation:
     source = registry.for_array(x)
     native = getattr(x, "__rlx_native__", None)
     if native is not None:
+        obstacle = _obstacle_of_buffer(x, target)
         x = native()
         source = registry.for_array(x)
     facts = source.facts(x) if source is not None else _foreign_facts(x)
-    obstacle = None if source is target else _obstacle(facts, target)
+    if native is None:
+        obstacle = None if source is target else _obstacle(facts, target)
     kind = type(x).__name__ if source is None else f"{source.name} array"
     found = f"{facts.dtype.name} {kind} of shape {facts.shape} on {facts.device}"
     if facts.obstacle is not None:
@@ -199,28 +199,46 @@ def resolve(framework: str | ModuleType) -> Backend | ModuleType:
     )
 
 
-def verify(result: Any, source: ArrayFacts, target: ArrayFacts) -> None:
+def verify(result: Any, source: ArrayFacts, target: ArrayFacts, *, may_copy: bool = False) -> None:
     """Compare what an importer gave with what it was given.
+
+    Parameters
+    ----------
+    result
+        What it gave, for the text of the error.
+    source, target
+        What went in and what came out.
+    may_copy
+        A copy is fine, and is noted in the ledger; a change of dtype or shape never is.
 
     Raises
     ------
     ZeroCopyError
-        When address, dtype, shape or strides differ.
+        When dtype, shape, address or strides differ.
     """
-    different = [
+    changed = [
         f"{what} {ours} became {theirs}"
         for what, ours, theirs in (
             ("dtype", source.dtype, target.dtype),
             ("shape", source.shape, target.shape),
+        )
+        if ours != theirs
+    ]
+    moved = [
+        f"{what} {ours} became {theirs}"
+        for what, ours, theirs in (
             ("address", hex(source.address), hex(target.address)),
             ("strides", _telling(source), _telling(target)),
         )
-        if ours != theirs and (what in ("dtype", "shape") or source.num_elements)
+        if ours != theirs and source.num_elements
     ]
-    if different:
+    if moved and not changed and may_copy:
+        ledger.will_copy(source.byte_size, f"the importer of {type(result).__qualname__} copied")
+    elif changed or moved:
         raise ZeroCopyError(
             f"the importer behind {type(result).__qualname__} did not share: "
-            f"{'; '.join(different)}. Use copy=None or copy=True to take a copy"
+            f"{'; '.join(changed + moved)}"
+            + ("" if changed else ". Use copy=None or copy=True to take a copy")
         )
 
 
@@ -233,12 +251,24 @@ def _exchange(
     x: Any, source: Backend | None, target: Backend | ModuleType, copy: bool | None
 ) -> Any:
     if source is None and (tracked := getattr(x, "__rlx_array__", None)) is not None:
-        return _exchange_tracked(x, tracked, target, copy)
-    if source is target and source is not None:
-        ledger.will_copy(source.facts(x).byte_size, "copy=True was asked for")
-        return source.duplicate(x)
+        obstacle = _obstacle_of_buffer(x, target)
+        if obstacle is not None and (copy is False or not obstacle.copyable):
+            raise ZeroCopyError(f"{x!r} cannot be given to {_name(target)}: {obstacle}")
+        if copy is not True and obstacle is None:
+            return tracked(target if isinstance(target, ModuleType) else target.name)
+        # A copy is made of the native view, which is ordered after everything before.
+        source = x.device.backend
+        x = tracked(source.name)
+        copy = True if copy is True or obstacle is None else None
     facts = source.facts(x) if source is not None else _foreign_facts(x)
-    obstacle = _obstacle(facts, target)
+    if source is None and facts.obstacle is None and facts.device.is_host:
+        # Old exporters, and read-only ones, are beyond some importers; NumPy's view is not.
+        x = dlpack.as_numpy(x, writable=not facts.read_only)
+        source = registry.get("numpy")
+        if source is target and copy is not True:
+            return x
+        facts = source.facts(x)
+    obstacle = facts.obstacle if source is target else _obstacle(facts, target)
     if obstacle is not None and (copy is False or not obstacle.copyable):
         raise ZeroCopyError(
             f"{_title(x, facts)} cannot be given to {_name(target)}"
@@ -247,43 +277,38 @@ def _exchange(
     if copy is True:
         ledger.will_copy(facts.byte_size, "copy=True was asked for")
     elif obstacle is not None:
-        ledger.will_copy(facts.byte_size, f"{obstacle.kind} (to {_name(target)})", str(obstacle))
+        reason = f"{obstacle.kind} (to {_name(target)})"
+        ledger.will_copy(facts.byte_size, reason, str(obstacle))
     else:
-        return share_verified(x, facts, target)
+        return share_verified(x, facts, target, may_copy=copy is None)
     fresh = _copied(x, source, facts, target)
     fresh_source = registry.for_array(fresh)
     if fresh_source is target or fresh_source is None:
         return fresh
-    return share_verified(fresh, fresh_source.facts(fresh), target)
+    return share_verified(fresh, fresh_source.facts(fresh), target, may_copy=True)
+
+
+def _obstacle_of_buffer(buffer: Any, target: Backend | ModuleType) -> Obstacle | None:
+    native = buffer.__rlx_native__()
+    facts = buffer.device.backend.facts(native)
+    if isinstance(target, FunctionalBackend):
+        return facts.obstacle or target.lease_obstacle(facts)
+    return None if target is buffer.device.backend else _obstacle(facts, target)
 
 
 def _copied(x: Any, source: Backend | None, facts: ArrayFacts, target: Backend | ModuleType) -> Any:
     """Copy an array once, to memory that the target can share."""
     if source is None:
-        if facts.device.is_host:
-            return registry.get("numpy").duplicate(dlpack.as_numpy(x))
-        shared = facts.device.backend.share(x, facts)
-        return facts.device.backend.duplicate(shared)
-    if facts.device.is_host or getattr(target, "name", "") == "numpy":
+        native = facts.device.backend
+        return native.duplicate(share_verified(x, facts, native))
+    if source is not target and (facts.device.is_host or getattr(target, "name", "") == "numpy"):
         return source.copy_out(x)
     return source.duplicate(x)
 
 
-def _exchange_tracked(x: Any, give: Any, target: Backend | ModuleType, copy: bool | None) -> Any:
-    """Give a Buffer: its tracked view, or a copy of that."""
-    view = give(target if isinstance(target, ModuleType) else target.name)
-    if copy is not True:
-        return view
-    ledger.will_copy(x.byte_size, "copy=True was asked for")
-    backend = registry.for_array(view)
-    return (
-        _copied(view, backend, _foreign_facts(view), target)
-        if backend is None
-        else (backend.duplicate(view))
-    )
-
-
-def share_verified(x: Any, facts: ArrayFacts, target: Backend | ModuleType) -> Any:
+def share_verified(
+    x: Any, facts: ArrayFacts, target: Backend | ModuleType, *, may_copy: bool = False
+) -> Any:
     """Import without a copy and compare; every refusal becomes a `ZeroCopyError`."""
     try:
         if isinstance(target, Backend):
@@ -295,22 +320,29 @@ def share_verified(x: Any, facts: ArrayFacts, target: Backend | ModuleType) -> A
             exporter = dlpack.HostExporter(x) if isinstance(x, np.ndarray) else x
             result = target.from_dlpack(exporter)
             found = _facts_of(result)
+    except UnknownFrameworkError as error:
+        raise ZeroCopyError(f"{_name(target)}.from_dlpack gave no array: {error}") from error
     except DriverError:
         raise
-    except _REFUSALS as error:
+    except Exception as error:  # frameworks raise half a dozen types for one refusal
         raise ZeroCopyError(
             f"{_name(target)} refused {_title(x, facts)}: {error}. Use copy=None to take a copy "
             "where one helps"
         ) from error
-    verify(result, facts, found)
+    verify(result, facts, found, may_copy=may_copy)
     return result
 
 
 def _obstacle(facts: ArrayFacts, target: Backend | ModuleType) -> Obstacle | None:
-    if facts.obstacle is not None:
+    theirs = None
+    if facts.obstacle is not None and not facts.obstacle.copyable:
         return facts.obstacle
     if isinstance(target, Backend):
-        return target.obstacle(facts)
+        theirs = target.obstacle(facts)
+    if theirs is not None and not theirs.copyable:
+        return theirs
+    if facts.obstacle is not None or isinstance(target, Backend):
+        return facts.obstacle or theirs
     if any(stride < 0 for stride in facts.strides):
         return Obstacle(
             "strides",
@@ -344,7 +376,7 @@ def _foreign_facts(x: Any) -> ArrayFacts:
         if isinstance(error, UnknownFrameworkError):
             raise
         raise ZeroCopyError(f"the exporter {type(x).__qualname__} is malformed: {error}") from error
-    except _REFUSALS as error:
+    except Exception as error:
         raise ZeroCopyError(
             f"the exporter {type(x).__qualname__} failed in __dlpack__: {error}"
         ) from error

@@ -51,8 +51,8 @@ class Inputs:
         for access in reads:
             if access in writes:
                 raise StaleViewError(
-                    f"{access.label} is the state of this update and an argument of it too: the "
-                    "step has it as its first argument. Nothing was changed"
+                    f"{access.label} is being written by this update and is an argument of it too: "
+                    "the step has it as its first argument. Nothing was changed"
                 )
         return reads
 

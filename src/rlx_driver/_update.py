@@ -174,11 +174,7 @@ def update_many(
     if not isinstance(target, FunctionalBackend):
         return _update_mutable(buffers, structure, _mutable(target), step, inputs, has_aux)
     if not target.trace_state_clean():
-        raise StaleViewError(
-            f"{buffers[0]._access.label if buffers else 'a tree'}.update(...) was called inside a "
-            "trace, where nothing can be changed in place: call it outside, or make the whole "
-            "function the step"
-        )
+        raise _inside_trace(buffers)
     name = target.name
     leases = [buffer._leases.get(name) or buffer._lease(target) for buffer in buffers]
     treedef = None if structure is None else structure.treedef
@@ -224,6 +220,14 @@ def update_many(
     finally:
         release(taken, reads)
     return aux
+
+
+def _inside_trace(buffers: Sequence[Buffer]) -> StaleViewError:
+    label = buffers[0]._access.label if buffers else "a tree"
+    return StaleViewError(
+        f"update of {label} was called inside a trace, where nothing can be changed in place: call "
+        "it outside, or make the whole function the step. Nothing was changed"
+    )
 
 
 def _remembered_program(
@@ -338,6 +342,8 @@ def _land_elsewhere(
         every buffer whose array was not donated.
     """
     backend = leases[0].backend
+    if not backend.trace_state_clean():
+        raise _inside_trace(buffers)
     entries = list(zip(buffers, leases, olds, news, strict=True))
     # An array that was not donated is waited for before anything asks for an address: see
     # FunctionalBackend.address.
@@ -353,13 +359,13 @@ def _land_elsewhere(
     stray = [
         entry
         for entry in entries
-        if entry[1].array is None  # not a lease but a plain import
-        or not backend.is_dead(entry[2])
-        or backend.donated_address(entry[3]) != entry[1].address
+        if entry[0].byte_size and not _in_place(entry[1], entry[2], entry[3])
     ]
     moved = sum(buffer.byte_size for buffer, *_ in stray)
-    lost = [lease.address for _, lease, old, _ in stray if backend.is_dead(old) and lease.array]
-    if not lost:
+    lost = [lease.address for _, lease, old, _ in stray if _was_donated(lease, old)]
+    if not stray:
+        pass  # arrays without elements lie nowhere
+    elif not lost:
         ledger.will_copy(moved, "the result was not made in place", _IN_PLACE)
         kept = [lease for _, lease, old, _ in entries if backend.is_dead(old)]
         fence(dict.fromkeys(buffer._access for buffer, *_ in stray), kept)
@@ -382,6 +388,15 @@ def _land_elsewhere(
         if id(lease) not in done:
             _landed(buffer._access, lease, new)
     return aux
+
+
+def _in_place(lease: Lease, old: Any, new: Any) -> bool:
+    return _was_donated(lease, old) and lease.backend.donated_address(new) == lease.address
+
+
+def _was_donated(lease: Lease, old: Any) -> bool:
+    # Without a lease the program had a plain import, whose donation copies.
+    return lease.array is not None and lease.is_dead(old)
 
 
 def _moved_off(backend: FunctionalBackend, aux: Any, taken: set[int]) -> Any:

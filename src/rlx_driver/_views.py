@@ -262,9 +262,7 @@ class ViewsMixin:
     def _imported(self, lease: Lease) -> Any:
         """Import the memory for a lease, verified."""
         backend, facts = lease.backend, self._facts
-        obstacle = backend.obstacle(facts)
-        if obstacle is None and not facts.is_row_major:
-            obstacle = backend.obstacle(facts) or _not_row_major(facts)
+        obstacle = backend.lease_obstacle(facts)
         if obstacle is not None:
             raise ZeroCopyError(_refused(self, backend, obstacle))
         if not backend.can_lease(self._device):
@@ -282,16 +280,10 @@ class ViewsMixin:
 
 
 def _refused(buffer: Any, target: Backend, obstacle: Obstacle) -> str:
-    return (
-        f"{buffer!r} cannot be seen by {target.name} as it is: {obstacle.text}. A view never "
-        f"copies; for a copy say rlx_driver.exchange(buffer.numpy(), {target.name!r}, copy=True), "
-        "where the dtype has a counterpart"
+    # The remedies of an exchange speak of its `copy`, which a view does not have.
+    remedy = (
+        f"a view never copies, but exchange(b.numpy(), {target.name!r}, copy=True) does"
+        if obstacle.copyable
+        else obstacle.remedy
     )
-
-
-def _not_row_major(facts: ArrayFacts) -> Obstacle:
-    return Obstacle(
-        "strides",
-        f"its strides {facts.strides} are not in C order, which updates in place need",
-        "share the whole and transpose in the framework",
-    )
+    return f"{buffer!r} cannot be seen by {target.name} as it is: {obstacle.text}; {remedy}"

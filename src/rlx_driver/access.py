@@ -276,7 +276,7 @@ def acquire(
                 break
         else:
             for access in reads:
-                if access.writer or access.state != "open" or access.waiting:
+                if access.writer or access.state != "open" or (access.waiting and not writes):
                     break
             else:
                 _take(writes, reads, me)
@@ -378,8 +378,10 @@ def _blocker(writes: Sequence[Access], reads: Sequence[Access], me: int) -> Acce
         access.require_open()
         if access.writer == me:
             raise _own_scope(access, writing=True)
-        # A reader may come in again past a waiting writer, which waits for that reader itself.
-        if access.writer or (access.waiting and me not in access.readers):
+        # A waiting writer keeps new readers out, but not one that it waits for itself, and not
+        # one that is a waiting writer too: those two would wait for each other.
+        kept_out = access.waiting and not writes and me not in access.readers
+        if access.writer or kept_out:
             found = access
     return found
 

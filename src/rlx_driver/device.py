@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rlx_driver.errors import DeviceUnavailableError, UnknownFrameworkError
+from rlx_driver.errors import DeviceUnavailableError, DriverError, UnknownFrameworkError
 from rlx_driver.registry import registry
 
 if TYPE_CHECKING:
@@ -84,13 +85,14 @@ class Device:
                 f"{spec!r} names index {own_index} and index={index} was given too; give one"
             )
         chosen = index if index is not None else own_index
-        if chosen is not None and chosen < 0:
-            raise DeviceUnavailableError(f"a device index counts from 0; got {chosen}")
         object.__setattr__(self, "_kind", kind)
-        object.__setattr__(self, "_index", chosen or 0)
+        object.__setattr__(self, "_index", 0 if chosen is None else _index(chosen))
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Device is a value; {name} cannot be set")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a Device is a value; {name} cannot be deleted")
 
     def __reduce__(self) -> tuple[type[Device], tuple[str, int]]:
         return Device, (self._kind, self._index)
@@ -112,7 +114,8 @@ class Device:
         Raises
         ------
         UnknownFrameworkError
-            When it is no array, or on a DLPack device without a kind of ours.
+            When it is no array, on a DLPack device without a kind of ours, or an exporter that
+            names no device.
         """
         own = getattr(array, "device", None)
         if isinstance(own, Device):
@@ -124,8 +127,16 @@ class Device:
             raise UnknownFrameworkError(
                 f"a {type(array).__qualname__} is no array: it has no __dlpack_device__"
             )
-        device_type, index = array.__dlpack_device__()
-        return Device.from_dlpack(int(device_type), int(index))
+        try:
+            device_type, index = map(int, array.__dlpack_device__())
+            return Device.from_dlpack(device_type, index)
+        except DriverError as error:
+            raise UnknownFrameworkError(f"{type(array).__qualname__}: {error}") from error
+        except Exception as error:  # a foreign exporter raises what it likes
+            raise UnknownFrameworkError(
+                f"the __dlpack_device__ of a {type(array).__qualname__} gives no pair of device "
+                f"type and index: {type(error).__name__}: {error}"
+            ) from error
 
     @staticmethod
     def from_dlpack(device_type: int, index: int) -> Device:
@@ -269,6 +280,16 @@ def _parse(spec: Any) -> tuple[str, int | None]:
             f"{spec!r} is not a device; spell it as a kind, or kind:index, such as 'cuda:0'"
         )
     return _kind(match[1], spec), None if match[2] is None else int(match[2])
+
+
+def _index(index: Any) -> int:
+    try:
+        found = operator.index(index)
+    except TypeError:
+        found = -1
+    if found < 0:
+        raise DeviceUnavailableError(f"a device index is an integer from 0; got {index!r}")
+    return found
 
 
 def _kind(text: str, spec: object) -> str:

@@ -15,6 +15,7 @@ from rlx_driver.errors import DeviceUnavailableError, UnknownFrameworkError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from importlib.metadata import EntryPoint
 
     from rlx_driver.backends.base import Backend
 
@@ -126,8 +127,7 @@ class Registry:
         with self._lock:
             factory = self._factories.get(name)
             if factory is None and name in _BUILTIN:
-                module, cls = _BUILTIN[name][:2]
-                factory = _builtin_factory(name, module, cls)
+                factory = _builtin_factory(name)
             if factory is None:
                 self._read_entry_points()
                 factory = self._factories.get(name)
@@ -137,7 +137,14 @@ class Registry:
                     "Pass the framework's module itself if it has from_dlpack, or add a backend "
                     "with rlx_driver.register_backend"
                 )
-            self.loaded[name] = backend = factory()
+            try:
+                self.loaded[name] = backend = factory()
+            except ImportError as error:
+                raise DeviceUnavailableError(
+                    f"the backend {name!r} was asked for and does not import here ({error}); "
+                    "install what it needs, or take it out with "
+                    f"rlx_driver.registry.registry.unregister({name!r})"
+                ) from error
             return backend
 
     def _read_entry_points(self) -> None:
@@ -150,11 +157,23 @@ class Registry:
             for point in metadata.entry_points(group=ENTRY_POINT_GROUP):
                 if point.name in _BUILTIN or point.name in self._factories:
                     continue
-                cls = point.load()
-                self.register(point.name, cls, packages=cls.packages, kinds=cls.kinds)
+                try:
+                    cls = point.load()
+                except Exception as error:  # of a third party: it is to fail alone
+                    self.register(point.name, _broken_factory(point, error))
+                    continue
+                # When they are read is an accident: they add, and take nobody's place.
+                self.register(
+                    point.name,
+                    cls,
+                    packages=set(getattr(cls, "packages", ())) - set(self._packages),
+                    kinds=set(getattr(cls, "kinds", ())) - set(self._kinds),
+                )
 
 
-def _builtin_factory(name: str, module: str, cls: str) -> Callable[[], Backend]:
+def _builtin_factory(name: str) -> Callable[[], Backend]:
+    module, cls = _BUILTIN[name][:2]
+
     def load() -> Backend:
         try:
             return getattr(importlib.import_module(module), cls)()  # type: ignore[no-any-return]
@@ -164,6 +183,18 @@ def _builtin_factory(name: str, module: str, cls: str) -> Callable[[], Backend]:
                 f"{name} was asked for and does not import here ({error}); install it with: "
                 f"pip install {extra}"
             ) from error
+
+    return load
+
+
+def _broken_factory(point: EntryPoint, error: Exception) -> Callable[[], Backend]:
+    package = "the package it comes with" if point.dist is None else point.dist.name
+
+    def load() -> Backend:
+        raise DeviceUnavailableError(
+            f"the backend {point.name!r} does not load from its entry point {point.value!r} "
+            f"({type(error).__name__}: {error}); mend or uninstall {package}"
+        ) from error
 
     return load
 

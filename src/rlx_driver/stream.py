@@ -156,10 +156,19 @@ class SyncStream(_Stream):
     ----------
     device
         The host.
+
+    Raises
+    ------
+    DeviceUnavailableError
+        For any other device.
     """
 
     def __init__(self, device: Device | str = "cpu") -> None:
         super().__init__(Device(device))
+        if not self._device.is_host:
+            raise DeviceUnavailableError(
+                f"work on {self._device} is not host work: use rlx_driver.command_stream"
+            )
 
 
 class TorchStream(_Stream):
@@ -212,29 +221,48 @@ class JaxStream(_Stream):
     Raises
     ------
     DeviceUnavailableError
-        When JAX is missing.
+        When JAX is missing, or does not see the device.
     """
 
     def __init__(self, device: Device | str = "cpu") -> None:
         super().__init__(Device(device))
         self._backend: Any = registry.get("jax")
+        present = self._backend.devices(self._device.kind)
+        if self._device not in present:
+            seen = ", ".join(map(str, present)) or "none"
+            raise DeviceUnavailableError(
+                f"JAX sees no {self._device}; it sees of that kind: {seen}"
+            )
         self._tracked: list[Any] = []
 
     def track(self, *arrays: Any) -> None:
-        """Keep arrays, and those in trees, until `wait`; finished and donated ones are let go."""
+        """Keep arrays, and those in trees, until `wait`.
+
+        Finished and donated ones are let go; one that has failed by now poisons the stream.
+        """
         backend = self._backend
-        fresh = [leaf for leaf in backend.flatten(arrays)[0] if backend.owns(leaf)]
+        leaves = [leaf for leaf in backend.flatten(arrays)[0] if backend.owns(leaf)]
+        fresh = [leaf for leaf in leaves if backend.may_cache(leaf)]  # traced values do no work
         self._tracked = [array for array in self._tracked + fresh if self._is_pending(array)]
 
     def _is_pending(self, array: Any) -> bool:
-        return not self._backend.is_dead(array) and not self._backend.is_ready(array)
+        if array.is_deleted():
+            return False
+        is_ready = getattr(array, "is_ready", None)  # which keys do not have
+        if is_ready is None or not is_ready():
+            return True
+        try:
+            array.block_until_ready()  # at once; an error of its computation would be lost with it
+        except Exception as error:
+            self._error = self._error or error
+        return False
 
     def _current(self) -> AbstractContextManager[Any]:
         return self._backend.on_device(self._device)  # type: ignore[no-any-return]
 
     def _finish(self) -> None:
         tracked, self._tracked = self._tracked, []
-        alive = [array for array in tracked if not self._backend.is_dead(array)]
+        alive = [array for array in tracked if not array.is_deleted()]
         if alive:
             ledger.count_host_wait()
             self._backend.wait(alive)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlx_driver._exchange import exchange
 from rlx_driver._ledger import ledger
-from rlx_driver.access import Access, acquire, fence, release
+from rlx_driver.access import Access, Lease, acquire, fence, release, written
 from rlx_driver.backends.base import ArrayFacts, Backend, FunctionalBackend
 from rlx_driver.errors import DTypeError, ShapeError, ZeroCopyError
 from rlx_driver.registry import registry
@@ -54,10 +55,7 @@ class TransferMixin:
             Inside `no_copies` when bytes would move, or when an alias blocks the fence.
         """
         self._materialise()
-        if is_adoptable(self, x):
-            _adopt(self, x)
-        else:
-            _copy(self, x, cast, "copy_from")
+        _put([self], [x], cast, "copy_from")
 
     def __setitem__(self: Any, key: Any, value: Any) -> None:
         """Assign to a basic slice: a scalar fills it, an array is copied as by `copy_from`."""
@@ -71,8 +69,7 @@ class TransferMixin:
         access = target._access
         acquire([access])
         try:
-            fence([access])
-            access.settle()
+            _order_before([access], (), _overwritten(target))
             with target._backend.writing():
                 try:
                     target._native[...] = value
@@ -111,7 +108,7 @@ class TransferMixin:
 def _moved(source: Buffer, device: Device, reason: str) -> Buffer:
     source._materialise()
     fresh = source._like(device)
-    _copy(fresh, source, False, reason)
+    _put([fresh], [source], False, reason)
     fresh._access.epoch = 0
     return fresh
 
@@ -120,20 +117,71 @@ def commit_all(buffers: Sequence[Buffer], values: Sequence[Any]) -> None:
     """Commit values into buffers; every fit is checked before anything is touched."""
     for buffer in buffers:
         buffer._materialise()
-    adopted = [is_adoptable(buffer, x) for buffer, x in zip(buffers, values, strict=True)]
-    astray = 0
-    for buffer, x, fits in zip(buffers, values, adopted, strict=True):
-        if not fits:
-            native = getattr(x, "__rlx_native__", None)
-            source = registry.for_array(native() if native is not None else x)
-            astray += _fitting(buffer, x, native, source, False).byte_size
-    if astray:
-        ledger.require_copies(astray, "a result does not lie in its buffer's memory")
-    for buffer, x, fits in zip(buffers, values, adopted, strict=True):
-        if fits:
-            _adopt(buffer, x)
+    _put(buffers, values, False, "commit")
+
+
+def _put(buffers: Sequence[Buffer], values: Sequence[Any], cast: bool, reason: str) -> None:
+    """Adopt values that lie in place, and copy the others, with one fence for all."""
+    adopted: list[tuple[Buffer, Any, Lease]] = []
+    moved: list[_Value] = []
+    for buffer, x in zip(buffers, values, strict=True):
+        if is_adoptable(buffer, x):
+            lease = buffer._leases[registry.for_array(x).name]  # type: ignore[union-attr]
+            if x is not lease.array:
+                adopted.append((buffer, x, lease))
         else:
-            _copy(buffer, x, False, "commit")
+            value = _Value(buffer, x, cast)
+            if value.facts.byte_size:
+                moved.append(value)
+    for value in moved:
+        ledger.will_copy(value.buffer.byte_size, reason)
+    changed = [buffer for buffer, _, _ in adopted] + [value.buffer for value in moved]
+    writes = list(dict.fromkeys(buffer._access for buffer in changed))
+    reads = list(dict.fromkeys(access for value in moved for access in value.reads(writes)))
+    acquire(writes, reads)
+    try:
+        lost = [lease for value in moved for lease in _overwritten(value.buffer)]
+        arrays = [value.taken_from(writes, changed) for value in moved]
+        _order_before(writes, [lease for _, _, lease in adopted], lost)
+        for value, array in zip(moved, arrays, strict=True):
+            _move(value.buffer, array, cast)
+        for access in dict.fromkeys(value.buffer._access for value in moved):
+            access.order.after_native()
+        written(writes)
+        for buffer, x, lease in adopted:
+            _adopt(buffer._access, x, lease)
+    finally:
+        release(writes, reads)
+
+
+def _order_before(
+    accesses: Sequence[Access], adopted: Sequence[Lease], lost: Sequence[Lease]
+) -> None:
+    """Fence readers and settle what is pending, except for arrays that a user donated."""
+    fence(accesses, keep=(*adopted, *lost))
+    # Whatever a user donated and lost is replaced by the bytes to come.
+    for access in accesses:
+        for lease in lost:
+            access.handed.pop(lease, None)
+        if access.pending in adopted or access.pending in lost:
+            access.pending = None
+        access.settle()
+    for lease in lost:
+        lease.array = lease.handed = None
+
+
+def _overwritten(buffer: Buffer) -> list[Lease]:
+    """List leases whose array a user donated, and whose memory a write would replace."""
+    start, end = buffer.address, buffer.address + buffer.byte_size
+    return [
+        lease
+        for (_, address, shape, _, dtype), lease in buffer._access.leases.items()
+        if lease.array is not None
+        and lease.is_dead(lease.array)
+        and buffer.is_contiguous
+        and start <= address
+        and address + math.prod(shape) * dtype.itemsize <= end
+    ]
 
 
 def is_adoptable(buffer: Buffer, x: Any) -> bool:
@@ -157,96 +205,104 @@ def is_adoptable(buffer: Buffer, x: Any) -> bool:
     return not buffer.num_elements or backend.address(x) == buffer.address
 
 
-def _adopt(buffer: Buffer, x: Any) -> None:
+def _adopt(access: Access, x: Any, lease: Lease) -> None:
     """Take over the result of a user's donation; the caller has checked it."""
-    lease = buffer._leases[registry.for_array(x).name]  # type: ignore[union-attr]
-    if x is lease.array:
-        return
-    access = buffer._access
-    acquire([access])
-    try:
-        fence([access], keep=[lease])
-        lease.array, lease.handed = x, None
-        access.handed.pop(lease, None)
-        access.written()
-        access.pending = lease
-        if access.native_out:
-            access.settle()
-    finally:
-        release([access])
-
-
-def _copy(buffer: Buffer, x: Any, cast: bool, reason: str) -> None:
-    native = getattr(x, "__rlx_native__", None)
-    if native is not None:
-        x._materialise()
-    source = registry.for_array(native() if native is not None else x)
-    facts = _fitting(buffer, x, native, source, cast)
-    if facts.byte_size == 0:
-        return
-    ledger.will_copy(buffer.byte_size, reason)
-    access = buffer._access
-    reads = [x._access] if native is not None and x._access is not access else []
-    acquire([access], reads)
-    try:
-        value = _value(buffer, x, native, source, reads)
-        fence([access])
+    lease.array, lease.handed = x, None
+    access.handed.pop(lease, None)
+    if access.pending is not None:  # another part of the same memory
         access.settle()
-        _move(buffer, value, cast)
-        access.order.after_native()
-        # Whatever a user donated and lost is replaced by these bytes.
-        for lease in list(access.leases.values()):
-            if lease.array is not None and lease.is_dead(lease.array):
-                lease.array = lease.handed = None
-                access.handed.pop(lease, None)
-        access.written()
-    finally:
-        release([access], reads)
+    access.pending = lease
+    if access.native_out:
+        access.settle()
 
 
-def _fitting(buffer: Buffer, x: Any, native: Any, source: Backend | None, cast: bool) -> ArrayFacts:
-    """Check that a value fits, before anything is touched."""
-    if native is not None:
-        facts: ArrayFacts = x._facts
-    elif source is not None:
-        facts = source.facts(x)
-    else:
-        source = registry.get(buffer._backend.name)
-        facts = source.facts(exchange(x, source.name, copy=None))
-    if facts.obstacle is not None and not facts.obstacle.copyable:
-        raise ZeroCopyError(f"the value cannot be copied: {facts.obstacle}")
-    if facts.shape != buffer.shape:
-        raise ShapeError(
-            f"a value of shape {facts.shape} does not fit {buffer._access.label} of shape "
-            f"{buffer.shape}. Nothing was changed"
+class _Value:
+    """A value for a buffer; making one checks that it fits, before anything is touched."""
+
+    def __init__(self, buffer: Buffer, x: Any, cast: bool) -> None:
+        self.buffer, self.x = buffer, x
+        self.native = getattr(x, "__rlx_native__", None)
+        if self.native is not None:
+            x._materialise()
+        self.source = registry.for_array(x if self.native is None else self.native())
+        self.facts = self._found()
+        if self.facts.obstacle is not None and not self.facts.obstacle.copyable:
+            raise ZeroCopyError(f"the value cannot be copied: {self.facts.obstacle}")
+        if self.facts.shape != buffer.shape:
+            raise ShapeError(
+                f"a value of shape {self.facts.shape} does not fit {buffer._access.label} of shape "
+                f"{buffer.shape}. Nothing was changed"
+            )
+        if self.facts.dtype != buffer.dtype and not cast:
+            raise DTypeError(
+                f"a value of {self.facts.dtype.name} does not fit {buffer._access.label} of "
+                f"{buffer.dtype.name}: say cast=True to convert it. Nothing was changed"
+            )
+
+    def _found(self) -> ArrayFacts:
+        if self.native is not None:
+            facts: ArrayFacts = self.x._facts
+            return facts
+        if self.source is not None:
+            return self.source.facts(self.x)
+        backend = self.buffer._backend
+        return backend.facts(exchange(self.x, backend.name, copy=None))
+
+    def reads(self, writes: Sequence[Access]) -> list[Access]:
+        """Give the access to read by, when the value is a Buffer of other memory."""
+        if self.native is None or self.x._access in writes:
+            return []
+        return [self.x._access]
+
+    def taken_from(self, writes: Sequence[Access], changed: Sequence[Buffer]) -> Any:
+        """Give an array of the buffer's native framework, or of the host.
+
+        It is a copy where it lies in memory that is about to change, and where it is an array
+        handed out of that memory, which the fence could not end while something refers to it.
+        """
+        buffer, source = self.buffer, self.source
+        if self.native is not None:
+            self.x._access.settle()
+            array, source = self.native(), self.x._backend
+            if source is buffer._backend:
+                return source.duplicate(array) if self._is_among(changed) else array
+            return source.copy_out(array) if buffer.device.is_host else array
+        own = [lease.array for access in writes for lease in access.leases.values()]
+        if source is not None:
+            if any(self.x is array for array in own) or not _same_place(buffer, self.x, source):
+                return source.copy_out(self.x)
+            if self._is_among(changed):
+                for access in writes:  # a view that somebody holds may be waiting for a result
+                    if access.pending is not None and not access.pending.is_dead(
+                        access.pending.array
+                    ):
+                        access.settle()
+                return (
+                    source.copy_out(self.x)
+                    if buffer.device.is_host
+                    else (exchange(source.duplicate(self.x), buffer._backend.name, copy=None))
+                )
+        if buffer.device.is_host or (source is not None and not source.device_of(self.x).is_host):
+            return exchange(self.x, buffer._backend.name, copy=None)
+        return exchange(self.x, "numpy", copy=None)  # the backend's own way in from the host
+
+    def _is_among(self, changed: Sequence[Buffer]) -> bool:
+        """Tell whether the value's memory may overlap that of a buffer."""
+        start, end = _span(self.facts)
+        return any(
+            self.facts.device == buffer.device and start < last and first < end
+            for buffer in changed
+            for first, last in [_span(buffer._facts)]
         )
-    if facts.dtype != buffer.dtype and not cast:
-        raise DTypeError(
-            f"a value of {facts.dtype.name} does not fit {buffer._access.label} of "
-            f"{buffer.dtype.name}: say cast=True to convert it. Nothing was changed"
-        )
-    return facts
 
 
-def _value(buffer: Buffer, x: Any, native: Any, source: Backend | None, reads: list[Access]) -> Any:
-    """Give the value as an array of the buffer's native framework, or as a host array."""
-    if native is not None:
-        if reads:
-            x._access.settle()
-        array, source = native(), x._backend
-        if source is buffer._backend:
-            # torch does not say what an overlapping copy gives.
-            mine = x._access is buffer._access and buffer._backend.name != "numpy"
-            return source.duplicate(array) if mine else array
-        return source.copy_out(array) if buffer.device.is_host else array
-    own = [lease.array for lease in buffer._access.leases.values()]
-    if source is not None and (
-        any(x is array for array in own) or not _same_place(buffer, x, source)
-    ):
-        return source.copy_out(x)
-    if buffer.device.is_host or (source is not None and not source.device_of(x).is_host):
-        return exchange(x, buffer._backend.name, copy=None)
-    return exchange(x, "numpy", copy=None)  # the backend's own way in from the host
+def _span(facts: ArrayFacts) -> tuple[int, int]:
+    """Give the first address of an array's memory and the one behind its last."""
+    if not facts.num_elements:
+        return 0, 0
+    reach = [(n - 1) * stride for n, stride in zip(facts.shape, facts.strides, strict=True)]
+    start = facts.address + sum(min(r, 0) for r in reach)
+    return start, facts.address + sum(max(r, 0) for r in reach) + facts.dtype.itemsize
 
 
 def _same_place(buffer: Buffer, x: Any, source: Backend) -> bool:

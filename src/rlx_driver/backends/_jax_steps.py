@@ -203,7 +203,7 @@ def _checked_leaf(old: Any, new: Any, name: str) -> Any:
             f"the step returned {new.dtype}{where} for a buffer of {old.dtype}: convert the "
             f"result with .astype({str(old.dtype)!r}). Nothing was changed"
         )
-    if getattr(new, "weak_type", False):
+    if isinstance(new, jax.Array) and new.weak_type:
         # A weakly typed result would make the next call a new signature, and trace again.
         return jax.lax.convert_element_type(new, old.dtype)
     return new

@@ -240,6 +240,17 @@ class FunctionalBackend(Backend):
     be donated: the result of the donated program then lies at the same address.
     """
 
+    def lease_obstacle(self, facts: ArrayFacts) -> Obstacle | None:
+        """Say why memory cannot be leased, if so: what is updated in place is in C order."""
+        obstacle = self.obstacle(facts)
+        if obstacle is None and not facts.is_row_major:
+            return Obstacle(
+                "strides",
+                f"its strides {facts.strides} are not in C order, which updates in place need",
+                "share the whole and transpose in the framework, or copy it (copy=None)",
+            )
+        return obstacle
+
     @abstractmethod
     def lease(self, native: Any, facts: ArrayFacts) -> Any:
         """Import native memory as an array that may be donated in place."""

@@ -286,7 +286,12 @@ class JaxBackend(FunctionalBackend):
 
     def _array_of_numpy(self, array: np.ndarray[Any, Any]) -> Any | None:
         address = pointer(array)
-        if address % _HOST_ALIGNMENT or not array.flags.carray or array.dtype not in _EVERYDAY:
+        if (
+            address % _HOST_ALIGNMENT
+            or not array.flags.carray
+            or array.dtype not in _EVERYDAY
+            or type(array) is not np.ndarray
+        ):
             return None
         return self._array_of(array.__dlpack__(), array, address, array.dtype)
 

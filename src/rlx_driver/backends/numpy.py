@@ -62,6 +62,11 @@ class NumpyBackend(Backend):
             info(dtype)
         except DTypeError as error:
             obstacle = Obstacle("dtype", str(error), "convert it with astype first", False)
+        if isinstance(array, np.ma.MaskedArray):
+            remedy = "share its .data, or .filled() values"
+            obstacle = Obstacle(
+                "protocol", "it is masked, and no exchange has masks", remedy, False
+            )
         return ArrayFacts(
             pointer(array) if array.size else 0,
             array.shape,

@@ -20,6 +20,7 @@ from rlx_driver.backends.base import (
     Order,
     accounting,
     require_memory,
+    row_major_strides,
 )
 from rlx_driver.device import Device, MemoryInfo
 from rlx_driver.dtypes import TABLE, info
@@ -93,6 +94,8 @@ class TorchBackend(Backend):
     def facts(self, array: torch.Tensor) -> ArrayFacts:
         """Describe a tensor; a tensor without memory of its own gets an obstacle."""
         obstacle = _torch_obstacle(array)
+        if array.is_nested:
+            return ArrayFacts(0, (), (), np.dtype(bool), _CPU, obstacle=obstacle)
         if obstacle is not None and obstacle.kind in ("trace", "protocol"):
             place = _CPU if array.device.type in ("meta", "cpu") else self.device_of(array)
             return ArrayFacts(0, tuple(array.shape), (), np.dtype(bool), place, obstacle=obstacle)
@@ -170,14 +173,17 @@ class TorchBackend(Backend):
             return Obstacle(
                 "device", f"it lives on {facts.device}", "copy it to the host first", False
             )
-        if any(stride < 0 for stride in facts.strides):
+        strides = [s for s, n in zip(facts.strides, facts.shape, strict=True) if n > 1]
+        if 0 in facts.shape:
+            strides = []  # nothing is ever reached by them
+        if any(stride < 0 for stride in strides):
             return Obstacle(
                 "strides",
                 f"its strides {facts.strides} are negative and torch has none",
                 "copy it (copy=None), or flip it in torch after sharing",
             )
         size = facts.dtype.itemsize
-        if any(stride % size for stride in facts.strides):
+        if any(stride % size for stride in strides):
             return Obstacle(
                 "strides",
                 f"its strides {facts.strides} are no multiples of the item size {size}",
@@ -202,6 +208,10 @@ class TorchBackend(Backend):
         with _normal_mode():
             if isinstance(array, np.ndarray):
                 theirs = _TO_TORCH[facts.dtype]
+                plain = row_major_strides(facts.shape, facts.dtype.itemsize)
+                if facts.is_row_major and facts.strides != plain:
+                    # Axes of one element may have any stride in NumPy, which torch refuses.
+                    array = np.lib.stride_tricks.as_strided(array, facts.shape, plain)
                 if facts.dtype in _EVERYDAY:
                     return torch.from_numpy(array)
                 carrier = _CARRIER[facts.dtype.itemsize][0]
@@ -314,6 +324,8 @@ class TorchBackend(Backend):
 
 
 def _torch_obstacle(array: torch.Tensor) -> Obstacle | None:
+    if array.is_nested:
+        return Obstacle("protocol", "it is nested", "pad it with .to_padded_tensor() first", False)
     if array.requires_grad:
         return Obstacle(
             "requires_grad",
@@ -346,7 +358,7 @@ def _torch_obstacle(array: torch.Tensor) -> Obstacle | None:
 
 def _tensor_of_numpy(array: np.ndarray[Any, Any]) -> torch.Tensor | None:
     theirs = _EVERYDAY.get(array.dtype)
-    if theirs is None or not array.flags.carray:
+    if theirs is None or not array.flags.carray or type(array) is not np.ndarray:
         return None
     tensor = torch.from_numpy(array)
     if (
@@ -384,6 +396,8 @@ def _capsule_of_tensor(tensor: torch.Tensor) -> tuple[Any, int, np.dtype[Any]] |
         dtype is None
         or type(tensor) is not torch.Tensor
         or tensor.requires_grad
+        or tensor.layout is not torch.strided
+        or tensor.is_nested
         or tensor.device.type != "cpu"
         or not tensor.is_contiguous()
         or tensor.is_neg()
@@ -399,11 +413,12 @@ def _numpy_of_tensor(tensor: torch.Tensor) -> np.ndarray[Any, Any] | None:
     if dtype not in _EVERYDAY or type(tensor) is not torch.Tensor:
         return None
     try:
+        address = tensor.data_ptr()
         view = tensor.numpy()
     except (RuntimeError, TypeError):  # requires grad, conj or neg bit, a GPU: the general way says
         return None
     if (
-        pointer(view) == tensor.data_ptr()
+        pointer(view) == address
         and view.dtype == dtype
         and view.shape == tensor.shape
         and view.flags.carray
