@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from support import cuda_works, installed
 
 import rlx_driver as rlx
 from rlx_driver.registry import registry
+from support import cuda_works, installed
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib.util
 import math
 import os
@@ -162,7 +163,7 @@ def each_way(x, framework, copy):
 
 
 def refusal(x, framework, copy, error=rlx.ZeroCopyError):
-    """The text with which an exchange is refused: the same with a fast lane in place and without."""
+    """The text with which an exchange is refused, with a fast lane in place and without."""
     texts = set()
     for warm in (False, True):
         registry.lanes.clear()
@@ -176,6 +177,13 @@ def refusal(x, framework, copy, error=rlx.ZeroCopyError):
         texts.add(str(caught.value))
     assert len(texts) == 1
     return texts.pop()
+
+
+def gone(reference):
+    """Whether an object was let go; a collection, which takes its time, only if it must be."""
+    if reference() is not None:
+        gc.collect()
+    return reference() is None
 
 
 class Exporter:

@@ -8,14 +8,28 @@ import types
 
 import numpy as np
 import pytest
-from support import Exporter, aligned, frameworks, make
 
 import rlx_driver as rlx
 from rlx_driver import Device, MemoryInfo
 from rlx_driver.backends.numpy import NumpyBackend
 from rlx_driver.registry import registry
+from support import Exporter, aligned, frameworks, make
 
-KINDS = "cpu metal mlx ane cuda rocm tpu gpu vulkan opengl directx webgpu fpga".split()
+KINDS = [
+    "cpu",
+    "metal",
+    "mlx",
+    "ane",
+    "cuda",
+    "rocm",
+    "tpu",
+    "gpu",
+    "vulkan",
+    "opengl",
+    "directx",
+    "webgpu",
+    "fpga",
+]
 BUILT_IN = {"cpu", "cuda", "rocm", "metal", "tpu"}
 
 
@@ -230,7 +244,7 @@ def test_foreign_exporters_may_be_anywhere():
     ids=repr,
 )
 def test_exporters_that_name_no_device_are_refused(pair):
-    with pytest.raises(rlx.UnknownFrameworkError, match="Somewhere|DLPack device type"):
+    with pytest.raises(rlx.UnknownFrameworkError, match=r"Somewhere|DLPack device type"):
         Device.of(Somewhere(pair))
 
 

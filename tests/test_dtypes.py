@@ -116,7 +116,7 @@ def test_byte_counts_are_not_taken_for_bit_counts():
         ({}, "structured"),
         (np.zeros(2), "array"),
         (np.float32(1), "array"),
-        (object(), "known"),
+        (Ellipsis, "known"),
     ],
     ids=repr,
 )

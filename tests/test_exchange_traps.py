@@ -12,6 +12,11 @@ import warnings
 
 import numpy as np
 import pytest
+
+import rlx_driver as rlx
+from rlx_driver import dlpack
+from rlx_driver.backends import _numpy_pointer
+from rlx_driver.registry import registry
 from support import (
     COPIES,
     Exporter,
@@ -29,11 +34,6 @@ from support import (
     write_bytes,
     x64,
 )
-
-import rlx_driver as rlx
-from rlx_driver import dlpack
-from rlx_driver.backends import _numpy_pointer
-from rlx_driver.registry import registry
 
 torch = pytest.importorskip("torch")
 jax = pytest.importorskip("jax")
@@ -167,7 +167,7 @@ def test_misaligned_copies_are_done_when_the_call_returns():
 @pytest.mark.parametrize("source", frameworks("numpy", "torch"))
 def test_jax_refuses_gaps(view, source):
     x = view(make(source))
-    with pytest.raises(Exception, match="(?i)strid|compact|align"):
+    with pytest.raises(Exception, match=r"(?i)strid|compact|align"):
         jnp.from_dlpack(x, copy=False)
     refusal(x, "jax", False)
     for y in each_way(x, "jax", None):
@@ -636,7 +636,9 @@ def lying(monkeypatch, target):
         for module in (torch, torch.utils.dlpack, sys.modules["rlx_driver.backends.torch"]):
             if hasattr(module, "from_dlpack"):
                 real = module.from_dlpack
-                monkeypatch.setattr(module, "from_dlpack", lambda *a, f=real, **k: f(*a, **k).clone())
+                monkeypatch.setattr(
+                    module, "from_dlpack", lambda *a, f=real, **k: f(*a, **k).clone()
+                )
         real_numpy = torch.from_numpy
         monkeypatch.setattr(torch, "from_numpy", lambda x: real_numpy(x).clone())
         return

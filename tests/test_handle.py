@@ -1,6 +1,8 @@
 """Handles and their regions: one address for life, names, closing, memory that JAX owns."""
 
+import functools
 import gc
+import itertools
 import threading
 
 import numpy as np
@@ -124,7 +126,7 @@ def test_threads_racing_for_the_first_use_share_one_allocation(owner):
     for _ in range(20):
         h = rlx.BufferHandle("h", 64, region=rlx.HandleRegion("cpu", backend=owner))
         together = threading.Barrier(6)
-        uses = [h.numpy, h.torch, h.jax, h.numpy, h.torch, lambda: h.update(plus_one)]
+        uses = [h.numpy, h.torch, h.jax, h.numpy, h.torch, functools.partial(h.update, plus_one)]
 
         def run(use, together=together):
             together.wait(timeout=60)
@@ -271,7 +273,7 @@ def test_several_handles_lie_in_one_allocation():
     assert all(region[name] is handle for name, handle in made.items())
     spans = sorted((h.address, h.address + h.byte_size) for h in made.values() if h.byte_size)
     assert all(start % 256 == 0 for start, _ in spans)
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     total = sum(-(-h.byte_size // 256) * 256 for h in made.values())
     assert spans[-1][1] - spans[0][0] <= total
     assert in_use() == before + total
@@ -284,7 +286,7 @@ def test_several_handles_lie_in_one_allocation():
 @pytest.mark.parametrize("owner", OWNERS)
 def test_a_write_to_one_leaves_its_neighbours_alone(owner):
     region = rlx.HandleRegion("cpu", backend=owner)
-    made = region.create({name: ((61,), "f32") for name in "abc"})
+    made = region.create(dict.fromkeys("abc", ((61,), "f32")))
     for handle in made.values():
         handle[...] = 7
     others = made["a"].numpy(), made["c"].numpy()
@@ -345,7 +347,7 @@ def test_create_makes_all_or_none(spec, error, owner):
 def test_an_unknown_name_lists_the_known_ones():
     region = rlx.HandleRegion("cpu")
     region.create({"k": (1, "f32"), "v": (1, "f32")})
-    with pytest.raises(rlx.UnboundNameError, match="no handle 'q'.*k, v") as caught:
+    with pytest.raises(rlx.UnboundNameError, match=r"no handle 'q'.*k, v") as caught:
         region["q"]
     assert isinstance(caught.value, KeyError)
     assert "k" in region
@@ -477,7 +479,8 @@ def test_use_after_close_raises(use, used, owner):
 
 
 @pytest.mark.parametrize(
-    "use", [lambda s: s.numpy(), lambda s: s.torch(), lambda s: s.jax(), lambda s: s.update(plus_one)]
+    "use",
+    [lambda s: s.numpy(), lambda s: s.torch(), lambda s: s.jax(), lambda s: s.update(plus_one)],
 )
 def test_a_slice_of_a_closed_handle_is_closed(use):
     h = rlx.BufferHandle("gone", (4, 16))
@@ -652,7 +655,13 @@ def test_memory_that_jax_owns_is_freed():
 def test_a_user_who_donates_and_drops_jax_owned_memory_is_told(owned):
     step = jax.jit(plus_one, donate_argnums=0)
     step(owned.jax())
-    for use in (owned.jax, lambda: owned.update(plus_one), owned.write("numpy").__enter__):
+    for use in (
+        owned.jax,
+        lambda: owned.update(plus_one),
+        owned.write("numpy").__enter__,
+        lambda: owned.copy_from(np.zeros((512, 512), np.float32)),  # the memory went with it
+        lambda: owned.__setitem__(..., 0),
+    ):
         with pytest.raises(rlx.StaleViewError, match="commit"):
             use()
 

@@ -8,10 +8,10 @@ import threading
 
 import numpy as np
 import pytest
-from support import aligned, read_bytes
 
 import rlx_driver as rlx
 from rlx_driver._ledger import CopyCount, Ledger, LedgerCounts
+from support import aligned, read_bytes
 
 
 @pytest.fixture
@@ -90,11 +90,17 @@ def test_a_record_counts_a_block(ledger):
 
 
 def test_a_record_ends_with_an_error_too(ledger):
-    with pytest.raises(ZeroDivisionError), ledger.record() as record:
-        ledger.count_exchange()
-        raise ZeroDivisionError
+    def count_and_fail():
+        with ledger.record() as record:
+            seen.append(record)
+            ledger.count_exchange()
+            raise ZeroDivisionError
+
+    seen = []
+    with pytest.raises(ZeroDivisionError):
+        count_and_fail()
     ledger.count_exchange()
-    assert record.counts.exchanges == 1
+    assert seen[0].counts.exchanges == 1
 
 
 def test_its_text_tells_all(ledger):

@@ -8,12 +8,12 @@ from importlib import metadata
 
 import numpy as np
 import pytest
-from support import address, aligned, must_run
 
 import rlx_driver as rlx
 from rlx_driver.backends.base import Backend
 from rlx_driver.backends.numpy import NumpyBackend
 from rlx_driver.registry import ENTRY_POINT_GROUP, Registry, register_backend, registry
+from support import address, aligned, must_run
 
 
 class Kite(NumpyBackend):

@@ -48,7 +48,7 @@ def plus_one_each(tree):
 
 
 def deleted():
-    return pytest.raises((RuntimeError, ValueError), match="deleted|donated")
+    return pytest.raises((RuntimeError, ValueError), match=r"deleted|donated")
 
 
 # --- what scopes give ------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def test_scopes_take_modules_as_well_as_names():
 def test_jax_cannot_write_and_the_error_names_update():
     b = rlx.Buffer.zeros(64)
     j = b.jax()
-    with pytest.raises(rlx.ZeroCopyError, match="immutable.*update"), b.write("jax"):
+    with pytest.raises(rlx.ZeroCopyError, match=r"immutable.*update"), b.write("jax"):
         pass
     assert not j.is_deleted()
     assert b.epoch == 0
@@ -158,7 +158,7 @@ def test_a_writer_keeps_other_threads_out_until_a_timeout(framework, intrude):
     b = rlx.Buffer.zeros((4, 16))
     with b.write(framework) as a:
         a += 1
-        with pytest.raises(rlx.AccessTimeoutError, match="could not be taken.*a writer"):
+        with pytest.raises(rlx.AccessTimeoutError, match=r"could not be taken.*a writer"):
             in_thread(intrude, b)
     assert b.epoch == 1
     with b.write("numpy", timeout=0) as n:
@@ -330,7 +330,7 @@ def test_access_from_inside_a_write_scope_raises(access):
     b.numpy(), b.torch(), b.jax(), b[1].numpy(), b[1].jax()
     with b.write("numpy") as n:
         n += 1
-        with pytest.raises(rlx.StaleViewError, match="being written.*use the array"):
+        with pytest.raises(rlx.StaleViewError, match=r"being written.*use the array"):
             access(b)
         n += 1
     assert (b.numpy() == 2).all()
@@ -355,7 +355,7 @@ def test_a_write_inside_an_own_read_scope_raises_instead_of_waiting_for_itself()
 
 def test_an_error_in_a_write_scope_counts_as_a_write_and_frees_the_buffer():
     b = rlx.Buffer.zeros(64)
-    with pytest.raises(KeyError, match="mine"), b.write("numpy") as n:
+    with pytest.raises(KeyError, match="mine"), b.write("numpy") as n:  # noqa: PT012
         n[:32] = 1
         raise KeyError("mine")
     assert b.epoch == 1

@@ -73,7 +73,7 @@ def test_copy_from_every_framework_and_dtype(framework, dtype):
 def test_copy_from_numpy_in_every_dtype(dtype):
     source = np.frombuffer(bytes(range(8)) * 16, np.uint8)
     dt = rlx.dtype(dtype)
-    source = (source % 2 if dt == bool else source)[: 4 * dt.itemsize].view(dt)
+    source = (source % 2 if dt.kind == "b" else source)[: 4 * dt.itemsize].view(dt)
     b = rlx.Buffer.zeros(4, dtype)
     b.copy_from(source)
     assert b.numpy().tobytes() == source.tobytes()
@@ -359,7 +359,8 @@ def test_a_scalar_in_every_dtype(dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "value"), [("u8", 300), ("u8", -1), ("f32", 1j), ("i32", 2**40), ("i8", np.int64(200))]
+    ("dtype", "value"),
+    [("u8", 300), ("u8", -1), ("f32", 1j), ("i32", 2**40), ("i8", np.int64(200))],
 )
 def test_a_scalar_that_does_not_fit_changes_nothing(dtype, value):
     b = filled(3, (4, 16), rlx.dtype(dtype))

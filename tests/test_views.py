@@ -51,7 +51,7 @@ def test_positive_control_a_tensor_made_in_inference_mode_refuses_writes():
     with torch.inference_mode():
         view = torch.from_numpy(np.zeros(4, np.float32))[:]
     if view.is_inference():
-        with pytest.raises(RuntimeError, match="[Ii]nference"):
+        with pytest.raises(RuntimeError, match=r"[Ii]nference"):
             view.add_(1)
     else:
         pytest.fail("torch now makes ordinary tensors in inference mode")
@@ -156,7 +156,7 @@ def test_a_jax_view_inside_a_trace_raises_and_nothing_is_kept(trace, warm):
         lambda: rlx.views([b], "jax")[0],
         lambda: b.read("jax").__enter__(),
     ):
-        with pytest.raises(rlx.StaleViewError, match="inside a trace.*argument"):
+        with pytest.raises(rlx.StaleViewError, match=r"inside a trace.*argument"):
             trace(lambda x, access=access: (x * access()).sum())
     view = b.jax()
     assert not isinstance(view, jax.core.Tracer)

@@ -125,9 +125,10 @@ def exchange(x: Any, framework: str | ModuleType, *, copy: bool | None = None) -
     if copy is not True:
         try:
             lane = registry.lanes.get((type(x), framework))
-        except TypeError:  # not hashable, so no framework: `resolve` says so
-            lane = None
-        if lane is not None and (shared := lane(x)) is not None:
+            shared = None if lane is None else lane(x)
+        except Exception:  # whatever is wrong with it, the general way finds out and explains
+            shared = None
+        if shared is not None:
             ledger.count_exchange()
             return shared
     target = resolve(framework)
@@ -263,11 +264,12 @@ def _exchange(
     facts = source.facts(x) if source is not None else _foreign_facts(x)
     if source is None and facts.obstacle is None and facts.device.is_host:
         # Old exporters, and read-only ones, are beyond some importers; NumPy's view is not.
-        x = dlpack.as_numpy(x, writable=not facts.read_only)
+        host = dlpack.as_numpy(x, writable=not facts.read_only)
         source = registry.get("numpy")
+        verify(host, facts, source.facts(host), may_copy=copy is not False)
         if source is target and copy is not True:
-            return x
-        facts = source.facts(x)
+            return host
+        x, facts = host, source.facts(host)
     obstacle = facts.obstacle if source is target else _obstacle(facts, target)
     if obstacle is not None and (copy is False or not obstacle.copyable):
         raise ZeroCopyError(
@@ -313,7 +315,7 @@ def share_verified(
     try:
         if isinstance(target, Backend):
             result = target.share(x, facts)
-            if not target.may_cache(result):
+            if not target.is_concrete(result):
                 return result  # made under a mode or a transform: it has no address to compare
             found = target.facts(result)
         else:

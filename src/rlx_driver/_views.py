@@ -159,22 +159,29 @@ class ViewsMixin:
         """Give the cached view of a mutable framework, or make it."""
         key = target.name if isinstance(target, Backend) else target
         view = self._views.get(key)
-        if view is not None:
-            if not isinstance(target, Backend) or target.is_pristine(view):
-                return view
-            view = target.renewed(view)
-        else:
-            view = self._made_view(target)
+        if view is not None and (not isinstance(target, Backend) or target.is_pristine(view)):
+            return view
+        with self._access.lock:  # so that threads share one view, and its version counter
+            return self._kept_view(key, target)
+
+    def _kept_view(self, key: Any, target: Backend | ModuleType) -> Any:
+        view = self._views.get(key)
         if not isinstance(target, Backend):
-            self._views[key] = view
-        elif target.may_cache(view):
-            if view is not self._views.get(key) and key not in self._views:
-                self._mark(target, view)
-            self._views[key] = view
-            if key == "numpy":
-                self._numpy = view
-            elif key == "torch":
-                self._torch = view
+            if view is None:
+                view = self._views[key] = self._made_view(target)
+            return view
+        if view is None:
+            view = self._made_view(target)
+            if not target.may_cache(view):
+                return view
+            self._mark(target, view)
+        elif not target.is_pristine(view):
+            view = target.renewed(view)
+        self._views[key] = view
+        if key == "numpy":
+            self._numpy = view
+        elif key == "torch":
+            self._torch = view
         return view
 
     def _made_view(self, target: Backend | ModuleType) -> Any:

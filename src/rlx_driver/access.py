@@ -142,6 +142,11 @@ class Access:
                 f"{self.label} is closed. Views taken before stay valid as long as you hold "
                 "them; make a new buffer or handle to go on"
             )
+        if self.state == "lost":
+            raise UpdateFailedError(
+                f"{self.label} lost its memory, which its framework owned, to a program that "
+                "failed: close it and make a new one, and drop every view taken from it"
+            )
         if self.state == "forked":
             raise StaleViewError(
                 f"{self.label} belongs to the parent process: after a fork neither JAX nor CUDA "
@@ -208,6 +213,8 @@ class Access:
 
     def failed(self, lease: Lease, error: BaseException) -> UpdateFailedError:
         """Note that a donated program failed while it ran, and give the error for it."""
+        if self.owner is not None:
+            self._keep_owned_memory(lease)
         lease.array = lease.handed = None
         self.handed.pop(lease, None)
         if self.pending is lease:
@@ -218,6 +225,13 @@ class Access:
             f"the program that updates {self.label} in place failed while it ran: {error}. The "
             "bytes are undefined now: write them anew (copy_from) before you read them"
         )
+
+    def _keep_owned_memory(self, lease: Lease) -> None:
+        """Save memory that the framework owned and that its failed result still holds."""
+        if lease.array is not None and not lease.is_dead(lease.array):
+            self.owner.remains = lease.array
+        else:  # the call itself failed: nothing holds the memory any more
+            self.state = "lost"
 
     def written(self) -> None:
         """Note a write: a new epoch, and autograd is told."""

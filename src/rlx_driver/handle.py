@@ -361,6 +361,7 @@ class _Owned:
 
     def __init__(self, lease: Any) -> None:
         self.lease = lease
+        self.remains: Any = None  # a failed result that still holds the memory
 
 
 def _fill_owned(handle: BufferHandle, backend: FunctionalBackend, device: Device) -> None:

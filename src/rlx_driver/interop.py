@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from rlx_driver import dlpack
+from rlx_driver._ledger import ledger
 from rlx_driver.errors import DeviceUnavailableError, DTypeError, ZeroCopyError
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ __all__ = ["InteropMixin"]
 
 # The interface has no code for the narrow floats; these are the widths that consumers map back.
 _OPAQUE = {1: "|V1", 2: "<V2"}
+
+_ASKED = "copy=True was asked for"
 
 
 class InteropMixin:
@@ -34,6 +37,9 @@ class InteropMixin:
 
         @property
         def dtype(self) -> np.dtype[Any]: ...  # noqa: D102
+
+        @property
+        def byte_size(self) -> int: ...  # noqa: D102
         def numpy(self) -> np.ndarray[Any, Any]: ...  # noqa: D102
         def torch(self) -> Any: ...  # noqa: D102
         def array(self, framework: Any) -> Any: ...  # noqa: D102
@@ -51,15 +57,21 @@ class InteropMixin:
         Copies: only for ``copy=True``. Blocks: on the host until updates in progress are done; on
         a GPU the consumer's stream waits instead. Read-only: no. Aliases: this Buffer.
         """
+        if copy is True:
+            ledger.require_copies(self.byte_size, _ASKED)
         if self.device.is_host:
-            return dlpack.capsule_of(
+            capsule = dlpack.capsule_of(
                 self.numpy(), stream=stream, max_version=max_version, dl_device=dl_device, copy=copy
             )
-        native = self.array(self.device.backend.name)
-        with self.device.backend.exporting(self.device):
-            return native.__dlpack__(
-                stream=stream, max_version=max_version, dl_device=dl_device, copy=copy
-            )
+        else:
+            native = self.array(self.device.backend.name)
+            with self.device.backend.exporting(self.device):
+                capsule = native.__dlpack__(
+                    stream=stream, max_version=max_version, dl_device=dl_device, copy=copy
+                )
+        if copy is True:
+            ledger.count_copy(self.byte_size, _ASKED)
+        return capsule
 
     def __dlpack_device__(self) -> tuple[int, int]:
         """Give DLPack's pair for the device."""
@@ -71,8 +83,12 @@ class InteropMixin:
         if dtype is not None and np.dtype(dtype) != view.dtype:
             if copy is False:
                 raise DTypeError(f"{view.dtype} cannot be seen as {np.dtype(dtype)} without a copy")
+            ledger.will_copy(view.nbytes, "another dtype was asked for")
             return view.astype(dtype)
-        return view.copy() if copy else view
+        if not copy:
+            return view
+        ledger.will_copy(view.nbytes, _ASKED)
+        return view.copy()
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:

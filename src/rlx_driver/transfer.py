@@ -172,6 +172,8 @@ def _order_before(
 
 def _overwritten(buffer: Buffer) -> list[Lease]:
     """List leases whose array a user donated, and whose memory a write would replace."""
+    if buffer._access.owner is not None:
+        return []  # memory that the framework owned went with the array
     start, end = buffer.address, buffer.address + buffer.byte_size
     return [
         lease

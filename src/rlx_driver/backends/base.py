@@ -183,9 +183,13 @@ class Backend(ABC):
 
     # --- views of driver memory --------------------------------------------------------------
 
-    def may_cache(self, view: Any) -> bool:
-        """Tell whether a view just made may be kept: not one made under a mode or a transform."""
+    def is_concrete(self, view: Any) -> bool:
+        """Tell whether a view just made has memory: not one made under a mode or a transform."""
         return True
+
+    def may_cache(self, view: Any) -> bool:
+        """Tell whether a view just made may be kept for later calls, outside of any mode."""
+        return self.is_concrete(view)
 
     def is_pristine(self, view: Any) -> bool:
         """Tell whether a cached view is still as it was made."""

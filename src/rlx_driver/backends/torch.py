@@ -14,6 +14,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 from rlx_driver.backends._cuda_order import CudaOrder
 from rlx_driver.backends._numpy_pointer import pointer
 from rlx_driver.backends.base import (
+    ALIGNMENT,
     ArrayFacts,
     Backend,
     Obstacle,
@@ -66,7 +67,9 @@ class TorchBackend(Backend):
     kinds: ClassVar[tuple[str, ...]] = ("cuda", "rocm", "metal")
 
     def devices(self, kind: str) -> list[Device]:
-        """List the GPUs that torch can use."""
+        """List the GPUs that torch can use, and the host."""
+        if kind == "cpu":
+            return [_CPU]
         if kind == _GPU_KIND:
             return [Device(kind, i) for i in range(torch.cuda.device_count())]
         if kind == "metal" and torch.backends.mps.is_available():
@@ -94,11 +97,11 @@ class TorchBackend(Backend):
     def facts(self, array: torch.Tensor) -> ArrayFacts:
         """Describe a tensor; a tensor without memory of its own gets an obstacle."""
         obstacle = _torch_obstacle(array)
-        if array.is_nested:
-            return ArrayFacts(0, (), (), np.dtype(bool), _CPU, obstacle=obstacle)
-        if obstacle is not None and obstacle.kind in ("trace", "protocol"):
-            place = _CPU if array.device.type in ("meta", "cpu") else self.device_of(array)
-            return ArrayFacts(0, tuple(array.shape), (), np.dtype(bool), place, obstacle=obstacle)
+        if obstacle is not None and not obstacle.copyable:
+            # There may be no memory to ask for, and nobody will.
+            shape = () if array.is_nested else tuple(array.shape)
+            place = _CPU if array.device.type == "meta" else self.device_of(array)
+            return ArrayFacts(0, shape, (0,) * len(shape), np.dtype(bool), place, obstacle=obstacle)
         dtype = _TO_NUMPY.get(array.dtype)
         if dtype is None:
             text = f"its dtype is {array.dtype}, which other frameworks do not have or misread"
@@ -117,6 +120,8 @@ class TorchBackend(Backend):
     def memory(self, device: Device) -> MemoryInfo:
         """Give the memory of a device; free is what the driver of the GPU says."""
         in_use = accounting.in_use(device)
+        if device.is_host:
+            return registry.get("numpy").memory(device)
         if device.kind == "metal":
             total = int(torch.mps.recommended_max_memory())
             return MemoryInfo(total, total - int(torch.mps.driver_allocated_memory()), in_use)
@@ -124,18 +129,19 @@ class TorchBackend(Backend):
         return MemoryInfo(total, free, in_use)
 
     def allocate(self, device: Device, nbytes: int) -> torch.Tensor:
-        """Allocate zero bytes by torch's own allocator, which aligns to 512."""
+        """Allocate zero bytes by torch's own allocator."""
         room = self.memory(device)
         require_memory(nbytes, room, device)
         try:
-            memory = torch.zeros(nbytes, dtype=torch.uint8, device=_place(device))
-        except torch.OutOfMemoryError as error:
+            memory = torch.zeros(nbytes + ALIGNMENT, dtype=torch.uint8, device=_place(device))
+        except (torch.OutOfMemoryError, RuntimeError) as error:
             raise OutOfDeviceMemory(
                 f"{nbytes:,} bytes were asked for on {device}, which has {room.free:,} of "
                 f"{room.total:,} free.{_preallocation_hint()} torch says: {error}"
             ) from error
         accounting.add(device, nbytes, memory.untyped_storage())
-        return memory
+        start = -memory.data_ptr() % ALIGNMENT
+        return memory[start : start + nbytes]
 
     def view(
         self, memory: torch.Tensor, byte_offset: int, shape: tuple[int, ...], dtype: Any
@@ -248,14 +254,13 @@ class TorchBackend(Backend):
         fresh = torch.empty(plain.shape, dtype=plain.dtype, device=plain.device)
         return fresh.copy_(plain)
 
+    def is_concrete(self, view: torch.Tensor) -> bool:
+        """Tell whether a view is a plain tensor: no fake one, none of a transform."""
+        return type(view) is torch.Tensor and not (_is_wrapped is not None and _is_wrapped(view))
+
     def may_cache(self, view: torch.Tensor) -> bool:
-        """Tell whether a view is a plain tensor: no fake one, none of a transform or inference."""
-        return (
-            type(view) is torch.Tensor
-            and not view.is_inference()
-            and _is_wrapped is not None
-            and not _is_wrapped(view)
-        )
+        """Tell whether a view is known to be plain, and was not made for inference alone."""
+        return _is_wrapped is not None and self.is_concrete(view) and not view.is_inference()
 
     def is_pristine(self, view: torch.Tensor) -> bool:
         """Tell whether a cached view takes no part in autograd."""
@@ -360,6 +365,8 @@ def _tensor_of_numpy(array: np.ndarray[Any, Any]) -> torch.Tensor | None:
     theirs = _EVERYDAY.get(array.dtype)
     if theirs is None or not array.flags.carray or type(array) is not np.ndarray:
         return None
+    if torch.is_inference_mode_enabled():  # the general way leaves it, so that this is a normal one
+        return None
     tensor = torch.from_numpy(array)
     if (
         type(tensor) is torch.Tensor
@@ -374,7 +381,7 @@ def _tensor_of_numpy(array: np.ndarray[Any, Any]) -> torch.Tensor | None:
 
 def _tensor_of_jax(export: Callable[[Any], Any], array: Any) -> torch.Tensor | None:
     theirs = _TO_TORCH.get(array.dtype)
-    if theirs is None or array.is_deleted():
+    if theirs is None or array.is_deleted() or torch.is_inference_mode_enabled():
         return None
     capsule = export(array)
     if capsule is None:
@@ -410,15 +417,11 @@ def _capsule_of_tensor(tensor: torch.Tensor) -> tuple[Any, int, np.dtype[Any]] |
 
 def _numpy_of_tensor(tensor: torch.Tensor) -> np.ndarray[Any, Any] | None:
     dtype = _TO_NUMPY.get(tensor.dtype)
-    if dtype not in _EVERYDAY or type(tensor) is not torch.Tensor:
+    if dtype not in _EVERYDAY or type(tensor) is not torch.Tensor or tensor.requires_grad:
         return None
-    try:
-        address = tensor.data_ptr()
-        view = tensor.numpy()
-    except (RuntimeError, TypeError):  # requires grad, conj or neg bit, a GPU: the general way says
-        return None
+    view = tensor.numpy()  # raises for conj and neg bits and for GPUs: the general way says why
     if (
-        pointer(view) == address
+        pointer(view) == tensor.data_ptr()
         and view.dtype == dtype
         and view.shape == tensor.shape
         and view.flags.carray
