@@ -367,7 +367,9 @@ def report(
     args: argparse.Namespace, runs: Mapping[str, Sequence[Transcript]], model: Model
 ) -> Console:
     """Print what was written, what the cache says in NumPy, and how long it took."""
-    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False, markup=False)
+    console = Console(
+        width=None if sys.stdout.isatty() else 100, highlight=False, markup=False, emoji=False
+    )
     console.print(f"One cache on {args.device}, for {', '.join(args.frameworks)}", style="bold")
     if missing := [name for name, module in FRAMEWORKS.items() if not module]:
         console.print(f"(not installed here, so left out: {', '.join(missing)})")
@@ -379,11 +381,15 @@ def report(
             console.print(attention_table(model, written))
         console.print(f"NumPy was given copies of {reading.counts.bytes_copied:,} bytes for it.\n")
     console.print(time_table(runs, args.phases))
-    console.print(
-        f"Medians of {ROUNDS} runs, after one that compiled. Through the host, the cache goes to "
-        f"NumPy and back at each token: {model.kv.byte_size:,} bytes, and longer for a larger one. "
-        "With one handle nothing moves, at any size.\n"
-    )
+    console.print(f"Medians of {ROUNDS} runs, after one that compiles.", end=" ")
+    if any(phase.framework != "numpy" for phase in args.phases):
+        console.print(
+            "Through the host, the cache goes to NumPy and back at each token: "
+            f"{model.kv.byte_size:,} bytes here, and longer for a larger one. With one handle "
+            "nothing moves, at any size.\n"
+        )
+    else:
+        console.print("NumPy is on the host already, so here they are the same.\n")
     return console
 
 

@@ -33,18 +33,10 @@ class SlicesMixin:
         IndexError
             Out of range.
         """
-        for part in key if isinstance(key, tuple) else (key,):
-            basic = part is None or part is Ellipsis or isinstance(part, slice)
-            if isinstance(part, (bool, np.bool_)) or not (basic or isinstance(part, SupportsIndex)):
-                raise DTypeError(
-                    f"a Buffer takes basic slices (integers, slices, ..., None), which never copy; "
-                    f"got {part!r}. Index a view for the rest, for example b.numpy()[{part!r}]"
-                )
-        if isinstance(key, tuple) and any(getattr(part, "ndim", 0) for part in key):
-            raise DTypeError("an array as an index would copy; index a view instead")
+        basic = tuple(_basic(part) for part in key) if isinstance(key, tuple) else _basic(key)
         self._materialise()
         return self._derived(  # type: ignore[no-any-return]
-            lambda backend, view: backend.index(view, key)
+            lambda backend, view: backend.index(view, basic)
         )
 
     def view(self: Any, dtype: Any, shape: int | tuple[int, ...] | None = None) -> Buffer:
@@ -75,8 +67,8 @@ class SlicesMixin:
             if dt.itemsize == self.dtype.itemsize:
                 new = self.shape
             else:
-                last = self.shape[-1] * self.dtype.itemsize if self.shape else -1
-                if last % dt.itemsize:
+                last = self.shape[-1] * self.dtype.itemsize if self.shape else 0
+                if not self.shape or last % dt.itemsize:
                     raise ShapeError(
                         f"the last axis of {self.dtype.name}{list(self.shape)} does not divide "
                         f"into {dt.name}; give a shape"
@@ -95,6 +87,19 @@ class SlicesMixin:
 
     def __iter__(self: Any) -> Iterator[Buffer]:
         return (self[i] for i in range(len(self)))
+
+
+def _basic(part: Any) -> Any:
+    """Check one part of an index; integers of any kind become Python's."""
+    if part is None or part is Ellipsis or isinstance(part, slice):
+        return part
+    boolean = isinstance(part, bool) or getattr(part, "dtype", None) == np.bool_
+    if isinstance(part, SupportsIndex) and not boolean and not getattr(part, "ndim", 0):
+        return part.__index__()
+    raise DTypeError(
+        f"a Buffer takes basic slices (integers, slices, ..., None), which never copy; got "
+        f"{part!r}. Index a view for the rest, for example b.numpy()[{part!r}]"
+    )
 
 
 def shape_of(shape: Any) -> tuple[int, ...]:

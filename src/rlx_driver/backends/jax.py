@@ -151,7 +151,9 @@ class JaxBackend(FunctionalBackend):
 
     def allocate(self, device: Device, nbytes: int) -> Any:
         """Allocate zero bytes that JAX owns; JAX chooses the alignment (64 on the host)."""
-        return self.owned(device, (nbytes,), np.dtype(np.uint8))
+        memory = self.owned(device, (nbytes,), np.dtype(np.uint8))
+        accounting.add(device, nbytes, memory)
+        return memory
 
     def owned(self, device: Device, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """Allocate an array of zero bytes that JAX owns.
@@ -207,7 +209,7 @@ class JaxBackend(FunctionalBackend):
 
     def copy_out(self, array: Any) -> np.ndarray[Any, Any]:
         """Copy an array to new host memory; blocks until it is computed."""
-        return np.array(array)
+        return registry.get("numpy").duplicate(np.asarray(array))
 
     def copy_across(self, destination: Any, source: Any) -> Any:
         """Put an array in the memory of another; returns the one that now holds it."""
