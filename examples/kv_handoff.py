@@ -348,7 +348,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.device.memory()  # raises if there is no such device
         args.frameworks = chosen_frameworks(args.frameworks)
         args.phases = plan(args.frameworks, args.tokens, args.device)
-        make_equal(args.frameworks, args.device)
         args.config, args.arrays = tiny_gpt.load_params()
         room = args.config.max_seq + 1 - len(args.prompt.encode())  # the last token is not read
         if not args.prompt:
@@ -358,6 +357,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                 f"--tokens {args.tokens} is too many: a cache of {args.config.max_seq} tokens "
                 f"leaves room for {max(room, 0)} after this prompt"
             )
+        make_equal(args.frameworks, args.device)
     except (ValueError, RuntimeError) as error:  # the driver's errors are such, too
         parser.error(str(error))
     return args
@@ -381,15 +381,16 @@ def report(
             console.print(attention_table(model, written))
         console.print(f"NumPy was given copies of {reading.counts.bytes_copied:,} bytes for it.\n")
     console.print(time_table(runs, args.phases))
-    console.print(f"Medians of {ROUNDS} runs, after one that compiles.", end=" ")
+    note = f"Medians of {ROUNDS} runs, after one that compiled. "
     if any(phase.framework != "numpy" for phase in args.phases):
-        console.print(
+        note += (
             "Through the host, the cache goes to NumPy and back at each token: "
             f"{model.kv.byte_size:,} bytes here, and longer for a larger one. With one handle "
-            "nothing moves, at any size.\n"
+            "nothing moves, at any size."
         )
     else:
-        console.print("NumPy is on the host already, so here they are the same.\n")
+        note += "NumPy is on the host already, so that the two ways do the same."
+    console.print(note, "")
     return console
 
 

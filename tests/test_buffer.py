@@ -791,7 +791,7 @@ def test_memory_of_many_threads_is_accounted():
 def test_after_a_fork_the_childs_use_raises_and_the_parent_goes_on():
     out = run_python(
         """
-        import os, sys, warnings
+        import os, signal, sys, warnings
         warnings.simplefilter("ignore")
         import numpy as np, jax, torch, rlx_driver as rlx
         b, h = rlx.Buffer.zeros((4, 16)), rlx.BufferHandle("h", (4, 16))
@@ -805,6 +805,7 @@ def test_after_a_fork_the_childs_use_raises_and_the_parent_goes_on():
         scope.__enter__()
         pid = os.fork()
         if pid == 0:
+            signal.alarm(60)  # a hang in the child ends it
             failed = []
             for x in (b, h, part, unused):
                 for use in (x.numpy, x.torch, x.jax, lambda: x.update(step), lambda: x[0],

@@ -33,49 +33,49 @@ from rlx_driver.tree import commit, read, update, views, write
 __version__ = "0.1.0"
 
 __all__ = [
-    # devices and dtypes
-    "DTypeInfo",
-    "Device",
-    "MemoryInfo",
-    "available_devices",
-    "dtype",
-    "register_backend",
-    # exchange
-    "Explanation",
-    "exchange",
-    "explain",
-    "ledger",
-    "no_copies",
+    # errors
+    "AccessTimeoutError",
     # memory
     "Buffer",
     "BufferHandle",
-    "HandleRegion",
-    "open_handles",
-    # trees of buffers
-    "commit",
-    "read",
-    "update",
-    "views",
-    "write",
+    "ClosedHandleError",
     # order
     "CommandStream",
-    "JaxStream",
-    "SyncStream",
-    "TorchStream",
-    "command_stream",
-    # errors
-    "AccessTimeoutError",
-    "ClosedHandleError",
     "DTypeError",
+    # devices and dtypes
+    "DTypeInfo",
+    "Device",
     "DeviceUnavailableError",
     "DriverError",
     "DuplicateError",
+    # exchange
+    "Explanation",
+    "HandleRegion",
+    "JaxStream",
+    "MemoryInfo",
     "OutOfDeviceMemory",
     "RecompilationWarning",
     "ShapeError",
     "StaleViewError",
+    "SyncStream",
+    "TorchStream",
     "UnboundNameError",
     "UnknownFrameworkError",
     "UpdateFailedError",
     "ZeroCopyError",
+    "available_devices",
+    "command_stream",
+    # trees of buffers
+    "commit",
+    "dtype",
+    "exchange",
+    "explain",
+    "ledger",
+    "no_copies",
+    "open_handles",
+    "read",
+    "register_backend",
+    "update",
+    "views",
+    "write",
 ]

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     import numpy as np
 
 __all__ = [
-    "DLDeviceType",
-    "DLPackFlag",
-    "DLTensor",
     "MAJOR_VERSION",
     "MAX_NDIM",
+    "DLDeviceType",
     "DLManagedTensor",
     "DLManagedTensorVersioned",
+    "DLPackFlag",
+    "DLTensor",
     "Deleter",
     "TensorInfo",
     "describe",

@@ -8,21 +8,17 @@ Every buffer has an `Access`; slices and reinterpreted views share that of their
 * the fence that a write needs, so that no reader sees bytes change underneath;
 * the epoch, which counts writes by the driver.
 
-One lock for all of them makes taking many at once atomic, so that no order of taking deadlocks. It
-is held for a few comparisons, never while a framework is called.
+Taking and giving back is in `rlx_driver._locks`.
 """
 
 from __future__ import annotations
 
-import os
 import threading
-import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
 from rlx_driver._ledger import ledger
 from rlx_driver.errors import (
-    AccessTimeoutError,
     ClosedHandleError,
     StaleViewError,
     UpdateFailedError,
@@ -37,18 +33,15 @@ if TYPE_CHECKING:
 __all__ = [
     "Access",
     "Lease",
-    "acquire",
-    "acquire_one",
+    "alive",
     "fence",
-    "release",
-    "release_one",
+    "foreign_thread",
+    "own_scope",
+    "uncommitted",
     "written",
 ]
 
-_lock = threading.Lock()
-_changed = threading.Condition(_lock)
-_sleepers = 0
-_alive: weakref.WeakSet[Access] = weakref.WeakSet()
+alive: weakref.WeakSet[Access] = weakref.WeakSet()
 
 
 class Lease:
@@ -131,7 +124,7 @@ class Access:
         self.native_ready = self.synchronous
         self.functional_ready = True
         self.lock = threading.RLock()
-        _alive.add(self)
+        alive.add(self)
 
     # --- state
 
@@ -161,15 +154,13 @@ class Access:
         self.functional_ready = free and (settled or not self.native_out)
 
     def close(self) -> None:
-        """Let go of everything; views outside keep what they need."""
-        acquire([self])
+        """Let go of everything; views outside keep what they need. The caller holds it."""
         self.state = "closed"
         self.leases.clear()
         self.handed.clear()
         self.retired.clear()
         self.marks.clear()
         self.pending = self.owner = None
-        release([self])
 
     # --- order
 
@@ -199,7 +190,7 @@ class Access:
         UpdateFailedError
             When its program failed.
         """
-        if _in_foreign_thread() and not lease.backend.is_ready(lease.array):
+        if foreign_thread() and not lease.backend.is_ready(lease.array):
             raise StaleViewError(
                 f"{self.label} is being updated and this thread was not started by Python, so it "
                 "may be a callback of that very update: waiting here could hang for ever. Pass "
@@ -261,146 +252,8 @@ def uncommitted(access: Access) -> StaleViewError:
     )
 
 
-# --- scopes --------------------------------------------------------------------------------------
-
-
-def acquire(
-    writes: Sequence[Access], reads: Sequence[Access] = (), *, timeout: float | None = None
-) -> None:
-    """Take several accesses at once, some for writing and some for reading.
-
-    Parameters
-    ----------
-    writes, reads
-        Each access at most once.
-    timeout
-        Seconds to wait for other threads; None for ever.
-
-    Raises
-    ------
-    StaleViewError
-        When this very thread holds one in a way that waiting would never end.
-    AccessTimeoutError
-        When others held one for too long. Nothing is held then.
-    """
-    me = threading.get_ident()
-    with _lock:
-        for access in writes:
-            if access.writer or access.readers or access.state != "open":
-                break
-        else:
-            for access in reads:
-                if access.writer or access.state != "open" or (access.waiting and not writes):
-                    break
-            else:
-                _take(writes, reads, me)
-                return
-        _wait_for(writes, reads, me, timeout)
-
-
-def release(writes: Iterable[Access], reads: Iterable[Access] = ()) -> None:
-    """Give accesses back."""
-    me = threading.get_ident()
-    with _lock:
-        for access in writes:
-            access.writer = 0
-            # `refresh`, spelled out: this loop is the hot end of every update of a tree.
-            free = access.state == "open"
-            settled = access.synchronous
-            access.native_ready = free and settled and access.pending is None
-            access.functional_ready = free and (settled or not access.native_out)
-        for access in reads:
-            if access.readers.get(me, 0) > 1:
-                access.readers[me] -= 1
-            else:
-                access.readers.pop(me, None)
-        if _sleepers:
-            _changed.notify_all()
-
-
-def acquire_one(access: Access) -> None:
-    """Take one access for writing: `acquire` for the hot path of an update."""
-    with _lock:
-        if not access.writer and not access.readers and access.state == "open":
-            access.writer = threading.get_ident()
-            access.native_ready = access.functional_ready = False
-            return
-    acquire((access,))
-
-
-def release_one(access: Access) -> None:
-    """Give one access back that was taken for writing.
-
-    The flags come first and `writer` last. The lock is taken only to wake sleepers: a thread that
-    goes to sleep counts itself before it looks at `writer`, so one of the two sees the other.
-    """
-    settled = access.synchronous
-    access.native_ready = settled and access.pending is None
-    access.functional_ready = settled or not access.native_out
-    access.writer = 0
-    if _sleepers:
-        with _lock:
-            _changed.notify_all()
-
-
-def _take(writes: Iterable[Access], reads: Iterable[Access], me: int) -> None:
-    for access in writes:
-        access.writer = me
-        access.native_ready = access.functional_ready = False
-    for access in reads:
-        access.readers[me] = access.readers.get(me, 0) + 1
-
-
-def _wait_for(
-    writes: Sequence[Access], reads: Sequence[Access], me: int, timeout: float | None
-) -> None:
-    """Wait, with the lock held, until all can be taken, and take them."""
-    global _sleepers
-    deadline = None if timeout is None else time.monotonic() + timeout
-    _sleepers += 1
-    for access in writes:
-        access.waiting += 1  # keeps new readers out, so that they cannot starve a writer
-    try:
-        while (blocker := _blocker(writes, reads, me)) is not None:
-            if _in_foreign_thread():
-                raise _own_scope(blocker, writing=True)
-            left = None if deadline is None else deadline - time.monotonic()
-            if (left is not None and left <= 0) or not _changed.wait(left):
-                holders = "a writer" if blocker.writer else f"{len(blocker.readers)} reader(s)"
-                raise AccessTimeoutError(
-                    f"{blocker.label} could not be taken within {timeout} s: it is held by "
-                    f"{holders}. Nothing was changed"
-                )
-        _take(writes, reads, me)
-    finally:
-        _sleepers -= 1
-        for access in writes:
-            access.waiting -= 1
-        _changed.notify_all()  # a writer that gave up may have kept readers out
-
-
-def _blocker(writes: Sequence[Access], reads: Sequence[Access], me: int) -> Access | None:
-    """Find an access that has to be waited for; raise where waiting would never end."""
-    found = None
-    for access in writes:
-        access.require_open()
-        if access.writer == me or me in access.readers:
-            raise _own_scope(access, writing=access.writer == me)
-        if access.writer or access.readers:
-            found = access
-    for access in reads:
-        access.require_open()
-        if access.writer == me:
-            raise _own_scope(access, writing=True)
-        # A waiting writer keeps new readers out, but not one that it waits for itself, and not
-        # one that is a waiting writer too: those two would wait for each other.
-        kept_out = access.waiting and not writes and me not in access.readers
-        if access.writer or kept_out:
-            found = access
-    return found
-
-
-def _own_scope(access: Access, *, writing: bool) -> StaleViewError:
+def own_scope(access: Access, *, writing: bool) -> StaleViewError:
+    """Give the error for an access from inside a scope or update of the same thread."""
     if writing:
         return StaleViewError(
             f"{access.label} is being written by a scope or an update that this call stands in "
@@ -412,7 +265,7 @@ def _own_scope(access: Access, *, writing: bool) -> StaleViewError:
     )
 
 
-def _in_foreign_thread() -> bool:
+def foreign_thread() -> bool:
     """Tell whether Python did not start this thread, as for callbacks of XLA."""
     return isinstance(threading.current_thread(), threading._DummyThread)
 
@@ -469,8 +322,8 @@ def _fence_one(backend: FunctionalBackend, entries: list[tuple[Access, Lease | N
         if access.pending is None and not access.synchronous:
             access.pending = lease  # the next native access waits on the device
     if ordered and entries[0][0].synchronous:
-        if _in_foreign_thread():
-            raise _own_scope(entries[0][0], writing=True)
+        if foreign_thread():
+            raise own_scope(entries[0][0], writing=True)
         try:
             backend.wait(ordered)
         except Exception:
@@ -489,21 +342,3 @@ def _fence_one(backend: FunctionalBackend, entries: list[tuple[Access, Lease | N
 
 def _nothing(*_: Any) -> None:
     pass
-
-
-# --- fork ----------------------------------------------------------------------------------------
-
-
-def _after_fork_in_child() -> None:
-    global _lock, _changed, _sleepers
-    _lock = threading.Lock()  # another thread may have held the old one
-    _changed = threading.Condition(_lock)
-    _sleepers = 0
-    for access in list(_alive):
-        access.state = "forked"
-        access.writer = 0
-        access.readers.clear()
-        access.refresh()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -9,6 +9,7 @@ import numpy as np
 from rlx_driver import dtypes
 from rlx_driver._exchange import exchange
 from rlx_driver._ledger import ledger
+from rlx_driver._locks import acquire, release
 from rlx_driver._slices import SlicesMixin, byte_size, shape_of
 from rlx_driver._update import UpdateMixin
 from rlx_driver._views import ViewsMixin
@@ -352,7 +353,10 @@ class Buffer(ViewsMixin, UpdateMixin, SlicesMixin, TransferMixin, InteropMixin):
         """
         if self._access.state == "closed":
             return
+        taken = [self._access]
+        acquire(taken)
         self._access.close()
+        release(taken)
         self._forget()
 
     def _forget(self) -> None:

@@ -25,17 +25,17 @@ from rlx_driver._dlpack_abi import (
 from rlx_driver.errors import DTypeError, ZeroCopyError
 
 __all__ = [
+    "HOST_DEVICE_TYPES",
     "DLDeviceType",
     "DLPackFlag",
-    "HOST_DEVICE_TYPES",
+    "HostExporter",
     "TensorInfo",
     "TensorOwner",
+    "as_numpy",
+    "capsule_of",
+    "consume",
     "inspect",
     "retype",
-    "capsule_of",
-    "HostExporter",
-    "consume",
-    "as_numpy",
 ]
 
 HOST_DEVICE_TYPES: Final = frozenset(

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 __all__ = [
-    "DTypeInfo",
     "TABLE",
+    "DTypeInfo",
     "dtype",
-    "info",
     "from_dlpack_code",
-    "torch_dtype",
+    "info",
     "jax_dtype",
+    "torch_dtype",
 ]
 
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from rlx_driver._exchange import exchange
 from rlx_driver._ledger import ledger
-from rlx_driver.access import Access, Lease, acquire, fence, release, written
+from rlx_driver._locks import acquire, release
+from rlx_driver.access import Access, Lease, fence, written
 from rlx_driver.backends.base import ArrayFacts, Backend, FunctionalBackend
 from rlx_driver.errors import DTypeError, ShapeError, ZeroCopyError
 from rlx_driver.registry import registry
