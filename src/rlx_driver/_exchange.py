@@ -7,30 +7,26 @@ and after it address, dtype, shape and strides are compared.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from rlx_driver import dlpack
 from rlx_driver._ledger import ledger
+from rlx_driver._sharing import (
+    foreign_facts,
+    name_of,
+    obstacle_to,
+    resolve,
+    share_verified,
+    title_of,
+    verify,
+)
 from rlx_driver.backends.base import ArrayFacts, Backend, FunctionalBackend, Obstacle
-from rlx_driver.device import Device
-from rlx_driver.errors import DriverError, UnknownFrameworkError, ZeroCopyError
+from rlx_driver.errors import ZeroCopyError
 from rlx_driver.registry import registry
 
-__all__ = ["Explanation", "exchange", "explain", "resolve"]
-
-_MODULES = {
-    "numpy": "numpy",
-    "torch": "torch",
-    "jax": "jax",
-    "jax.numpy": "jax",
-    "array_api_compat.numpy": "numpy",
-    "array_api_compat.torch": "torch",
-}
+__all__ = ["Explanation", "exchange", "explain"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,83 +165,14 @@ def explain(x: Any, framework: str | ModuleType) -> Explanation:
         obstacle = _obstacle_of_buffer(x, target)
         x = native()
         source = registry.for_array(x)
-    facts = source.facts(x) if source is not None else _foreign_facts(x)
+    facts = source.facts(x) if source is not None else foreign_facts(x)
     if native is None:
-        obstacle = None if source is target else _obstacle(facts, target)
+        obstacle = None if source is target else obstacle_to(facts, target)
     kind = type(x).__name__ if source is None else f"{source.name} array"
     found = f"{facts.dtype.name} {kind} of shape {facts.shape} on {facts.device}"
     if facts.obstacle is not None:
         found = f"{kind} of shape {facts.shape}"
-    return Explanation(_name(target), obstacle is None, obstacle, facts.byte_size, found)
-
-
-def resolve(framework: str | ModuleType) -> Backend | ModuleType:
-    """Give the backend, or the module with ``from_dlpack``, that a caller means.
-
-    Raises
-    ------
-    UnknownFrameworkError
-        When it is neither.
-    """
-    if isinstance(framework, str):
-        return registry.get(framework)
-    name = getattr(framework, "__name__", "")
-    if name in _MODULES:
-        return registry.get(_MODULES[name])
-    if isinstance(framework, ModuleType) and hasattr(framework, "from_dlpack"):
-        return framework
-    raise UnknownFrameworkError(
-        f"{framework!r} names no framework: give 'numpy', 'torch', 'jax', the name of a "
-        "registered backend, or a module that has from_dlpack"
-    )
-
-
-def verify(result: Any, source: ArrayFacts, target: ArrayFacts, *, may_copy: bool = False) -> None:
-    """Compare what an importer gave with what it was given.
-
-    Parameters
-    ----------
-    result
-        What it gave, for the text of the error.
-    source, target
-        What went in and what came out.
-    may_copy
-        A copy is fine, and is noted in the ledger; a change of dtype or shape never is.
-
-    Raises
-    ------
-    ZeroCopyError
-        When dtype, shape, address or strides differ.
-    """
-    changed = [
-        f"{what} {ours} became {theirs}"
-        for what, ours, theirs in (
-            ("dtype", source.dtype, target.dtype),
-            ("shape", source.shape, target.shape),
-        )
-        if ours != theirs
-    ]
-    moved = [
-        f"{what} {ours} became {theirs}"
-        for what, ours, theirs in (
-            ("address", hex(source.address), hex(target.address)),
-            ("strides", _telling(source), _telling(target)),
-        )
-        if ours != theirs and source.num_elements
-    ]
-    if moved and not changed and may_copy:
-        ledger.will_copy(source.byte_size, f"the importer of {type(result).__qualname__} copied")
-    elif changed or moved:
-        raise ZeroCopyError(
-            f"the importer behind {type(result).__qualname__} did not share: "
-            f"{'; '.join(changed + moved)}"
-            + ("" if changed else ". Use copy=None or copy=True to take a copy")
-        )
-
-
-def _telling(facts: ArrayFacts) -> tuple[int, ...]:
-    """Give the strides of the axes whose stride means something."""
-    return tuple(s for s, n in zip(facts.strides, facts.shape, strict=True) if n > 1)
+    return Explanation(name_of(target), obstacle is None, obstacle, facts.byte_size, found)
 
 
 def _exchange(
@@ -254,14 +181,14 @@ def _exchange(
     if source is None and (tracked := getattr(x, "__rlx_array__", None)) is not None:
         obstacle = _obstacle_of_buffer(x, target)
         if obstacle is not None and (copy is False or not obstacle.copyable):
-            raise ZeroCopyError(f"{x!r} cannot be given to {_name(target)}: {obstacle}")
+            raise ZeroCopyError(f"{x!r} cannot be given to {name_of(target)}: {obstacle}")
         if copy is not True and obstacle is None:
             return tracked(target if isinstance(target, ModuleType) else target.name)
         # A copy is made of the native view, which is ordered after everything before.
         source = x.device.backend
         x = tracked(source.name)
         copy = True if copy is True or obstacle is None else None
-    facts = source.facts(x) if source is not None else _foreign_facts(x)
+    facts = source.facts(x) if source is not None else foreign_facts(x)
     if source is None and facts.obstacle is None and facts.device.is_host:
         # Old exporters, and read-only ones, are beyond some importers; NumPy's view is not.
         host = dlpack.as_numpy(x, writable=not facts.read_only)
@@ -270,16 +197,16 @@ def _exchange(
         if source is target and copy is not True:
             return host
         x, facts = host, source.facts(host)
-    obstacle = facts.obstacle if source is target else _obstacle(facts, target)
+    obstacle = facts.obstacle if source is target else obstacle_to(facts, target)
     if obstacle is not None and (copy is False or not obstacle.copyable):
         raise ZeroCopyError(
-            f"{_title(x, facts)} cannot be given to {_name(target)}"
+            f"{title_of(x, facts)} cannot be given to {name_of(target)}"
             f"{' without a copy' if obstacle.copyable else ''}: {obstacle}"
         )
     if copy is True:
         ledger.will_copy(facts.byte_size, "copy=True was asked for")
     elif obstacle is not None:
-        reason = f"{obstacle.kind} (to {_name(target)})"
+        reason = f"{obstacle.kind} (to {name_of(target)})"
         ledger.will_copy(facts.byte_size, reason, str(obstacle))
     else:
         return share_verified(x, facts, target, may_copy=copy is None)
@@ -295,7 +222,7 @@ def _obstacle_of_buffer(buffer: Any, target: Backend | ModuleType) -> Obstacle |
     facts = buffer.device.backend.facts(native)
     if isinstance(target, FunctionalBackend):
         return facts.obstacle or target.lease_obstacle(facts)
-    return None if target is buffer.device.backend else _obstacle(facts, target)
+    return None if target is buffer.device.backend else obstacle_to(facts, target)
 
 
 def _copied(x: Any, source: Backend | None, facts: ArrayFacts, target: Backend | ModuleType) -> Any:
@@ -306,101 +233,3 @@ def _copied(x: Any, source: Backend | None, facts: ArrayFacts, target: Backend |
     if source is not target and (facts.device.is_host or getattr(target, "name", "") == "numpy"):
         return source.copy_out(x)
     return source.duplicate(x)
-
-
-def share_verified(
-    x: Any, facts: ArrayFacts, target: Backend | ModuleType, *, may_copy: bool = False
-) -> Any:
-    """Import without a copy and compare; every refusal becomes a `ZeroCopyError`."""
-    try:
-        if isinstance(target, Backend):
-            result = target.share(x, facts)
-            if not target.is_concrete(result):
-                return result  # made under a mode or a transform: it has no address to compare
-            found = target.facts(result)
-        else:
-            exporter = dlpack.HostExporter(x) if isinstance(x, np.ndarray) else x
-            result = target.from_dlpack(exporter)
-            found = _facts_of(result)
-    except UnknownFrameworkError as error:
-        raise ZeroCopyError(f"{_name(target)}.from_dlpack gave no array: {error}") from error
-    except DriverError:
-        raise
-    except Exception as error:  # frameworks raise half a dozen types for one refusal
-        raise ZeroCopyError(
-            f"{_name(target)} refused {_title(x, facts)}: {error}. Use copy=None to take a copy "
-            "where one helps"
-        ) from error
-    verify(result, facts, found, may_copy=may_copy)
-    return result
-
-
-def _obstacle(facts: ArrayFacts, target: Backend | ModuleType) -> Obstacle | None:
-    theirs = None
-    if facts.obstacle is not None and not facts.obstacle.copyable:
-        return facts.obstacle
-    if isinstance(target, Backend):
-        theirs = target.obstacle(facts)
-    if theirs is not None and not theirs.copyable:
-        return theirs
-    if facts.obstacle is not None or isinstance(target, Backend):
-        return facts.obstacle or theirs
-    if any(stride < 0 for stride in facts.strides):
-        return Obstacle(
-            "strides",
-            "its strides are negative, which importers may abort on",
-            "copy it (copy=None)",
-        )
-    return None
-
-
-def _facts_of(x: Any) -> ArrayFacts:
-    backend = registry.for_array(x)
-    return backend.facts(x) if backend is not None else _foreign_facts(x)
-
-
-def _foreign_facts(x: Any) -> ArrayFacts:
-    """Describe any DLPack exporter by a capsule of its own that is dropped unused."""
-    if not hasattr(x, "__dlpack__") or not hasattr(x, "__dlpack_device__"):
-        raise UnknownFrameworkError(
-            f"a {type(x).__qualname__} is no array of a known framework and has no __dlpack__ "
-            "with __dlpack_device__; make it an array first, for example with numpy.asarray"
-        )
-    try:
-        device = Device.from_dlpack(*map(int, x.__dlpack_device__()))
-        options: dict[str, Any] = {} if device.is_host else {"stream": -1}
-        try:
-            capsule = x.__dlpack__(max_version=(1, 0), **options)
-        except TypeError:
-            capsule = x.__dlpack__(**options)
-        found = dlpack.inspect(capsule)
-    except DriverError as error:
-        if isinstance(error, UnknownFrameworkError):
-            raise
-        raise ZeroCopyError(f"the exporter {type(x).__qualname__} is malformed: {error}") from error
-    except Exception as error:
-        raise ZeroCopyError(
-            f"the exporter {type(x).__qualname__} failed in __dlpack__: {error}"
-        ) from error
-    obstacle = None
-    if found.dtype is None:
-        text = f"its DLPack dtype (code {found.code}, {found.bits} bits) is in no table of ours"
-        obstacle = Obstacle("dtype", text, "convert it first", copyable=False)
-    size = 1 if found.dtype is None else found.dtype.itemsize
-    return ArrayFacts(
-        found.address if math.prod(found.shape) else 0,
-        found.shape,
-        tuple(stride * size for stride in found.element_strides),
-        np.dtype(bool) if found.dtype is None else found.dtype,
-        device,
-        read_only=found.read_only,
-        obstacle=obstacle,
-    )
-
-
-def _name(target: Backend | ModuleType) -> str:
-    return target.name if isinstance(target, Backend) else target.__name__
-
-
-def _title(x: Any, facts: ArrayFacts) -> str:
-    return f"{type(x).__qualname__} of shape {facts.shape} and dtype {facts.dtype.name}"

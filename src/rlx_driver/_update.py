@@ -5,11 +5,11 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from rlx_driver._exchange import resolve, share_verified
 from rlx_driver._inputs import Inputs
 from rlx_driver._landing import inside_trace, land_elsewhere, landed, order_after, order_all_after
 from rlx_driver._locks import acquire, acquire_one, release, release_one
 from rlx_driver._mutable import Structure, require_backend, update_mutable
+from rlx_driver._sharing import resolve, share_verified
 from rlx_driver.access import Access, Lease, fence, uncommitted, written
 from rlx_driver.backends.base import FunctionalBackend
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rlx_driver._exchange import resolve, share_verified, verify
 from rlx_driver._ledger import ledger
 from rlx_driver._locks import acquire, release
+from rlx_driver._sharing import resolve, share_verified, verify
 from rlx_driver.access import Access, Lease, uncommitted
 from rlx_driver.backends.base import ArrayFacts, Backend, FunctionalBackend, Obstacle
 from rlx_driver.errors import DeviceUnavailableError, StaleViewError, ZeroCopyError

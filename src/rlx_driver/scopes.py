@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rlx_driver._exchange import resolve
 from rlx_driver._locks import acquire, release
+from rlx_driver._sharing import resolve
 from rlx_driver.access import Access, fence, written
 from rlx_driver.backends.base import Backend, FunctionalBackend
 from rlx_driver.errors import ZeroCopyError

@@ -7,8 +7,8 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from rlx_driver import _pytree
-from rlx_driver._exchange import resolve
 from rlx_driver._mutable import Structure
+from rlx_driver._sharing import resolve
 from rlx_driver._update import update_many
 from rlx_driver.backends.base import FunctionalBackend
 from rlx_driver.buffer import Buffer
