@@ -381,7 +381,7 @@ def report(
             console.print(attention_table(model, written))
         console.print(f"NumPy was given copies of {reading.counts.bytes_copied:,} bytes for it.\n")
     console.print(time_table(runs, args.phases))
-    note = f"Medians of {ROUNDS} runs, after one that compiled. "
+    note = f"Medians of {ROUNDS} runs, after one run that compiled and is not timed. "
     if any(phase.framework != "numpy" for phase in args.phases):
         note += (
             "Through the host, the cache goes to NumPy and back at each token: "
@@ -390,7 +390,7 @@ def report(
         )
     else:
         note += "NumPy is on the host already, so that the two ways do the same."
-    console.print(note, "")
+    console.print(note + "\n")
     return console
 
 

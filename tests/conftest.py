@@ -18,6 +18,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
+def on_the_host(request):
+    """Where JAX has a GPU too, it makes arrays on the host, but for the tests of CUDA."""
+    if not cuda_works() or not installed("jax") or request.node.get_closest_marker("cuda"):
+        yield
+        return
+    import jax
+
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+@pytest.fixture(autouse=True)
 def clean_state():
     """Start with an empty ledger, and take out again what a test has registered."""
     rlx.ledger.reset()

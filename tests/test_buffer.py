@@ -835,3 +835,17 @@ def test_after_a_fork_the_childs_use_raises_and_the_parent_goes_on():
         """
     )
     assert out.strip() == "parent"
+
+
+@pytest.mark.parametrize("copy", [None, False])
+def test_a_buffer_made_of_a_buffer_shares_its_discipline(copy):
+    b = rlx.Buffer.zeros((4, 16))
+    again = rlx.Buffer.from_array(b, copy=copy)
+    assert again.address == b.address
+    with b.write("numpy"), pytest.raises(rlx.StaleViewError):
+        again.numpy()
+    assert again.epoch == b.epoch == 1
+    apart = rlx.Buffer.from_array(b, copy=True)
+    assert apart.address != b.address
+    with b.write("numpy"):
+        assert (apart.numpy() == 0).all()

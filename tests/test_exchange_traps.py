@@ -560,6 +560,28 @@ class TestJaxArraysWithoutMemory:
         assert seen
 
 
+def test_jax_itself_keeps_what_numpy_was_shown_of_narrow_floats():
+    """The array then refuses donation for as long as it lives."""
+    x = jnp.array(np.ones(64, rlx.dtype("bf16")))
+    np.asarray(x)
+    jax.jit(lambda x: x, donate_argnums=0, keep_unused=True)(x)
+    assert x.is_deleted() is (jax.__version_info__ < (0, 11))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("target", frameworks("numpy", "torch"))
+@pytest.mark.parametrize("copy", COPIES)
+def test_looking_at_an_array_does_not_hold_it(dtype, target, copy):
+    for way in range(3):
+        x = make("jax", dtype)
+        rlx.explain(x, target)
+        y = each_way(x, target, copy)[way]
+        assert read_bytes(y) == read_bytes(x)
+        del y
+        jax.jit(lambda x: x, donate_argnums=0, keep_unused=True)(x)
+        assert x.is_deleted()
+
+
 @pytest.mark.parametrize("source", frameworks("numpy", "torch"))
 @pytest.mark.parametrize("copy", COPIES)
 def test_arrays_from_outside_a_trace_may_be_exchanged_inside(source, copy):
@@ -611,7 +633,7 @@ for index, device in enumerate(devices):
 
 
 def test_sharded_arrays_are_refused_and_their_shards_shared():
-    must_run(SHARDED, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    must_run(SHARDED, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=4")
 
 
 # --- zero-size -----------------------------------------------------------------------------------

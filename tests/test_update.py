@@ -416,11 +416,19 @@ def test_the_cache_does_not_keep_a_step_alive():
     def step(x):
         return x + big.size
 
-    held = weakref.ref(step)
-    b.update(step)
-    del step
+    def tree_step(tree):
+        return [x + big.size for x in tree]
+
+    held, held_too = weakref.ref(step), weakref.ref(tree_step)
+    for _ in range(3):
+        b.update(step)
+        rlx.update([b], tree_step)
+    del step, tree_step
     gc.collect()
     assert held() is None
+    assert held_too() is None
+    b.update(plus_one)
+    assert (b.numpy() == 6001).all()
 
 
 def test_a_new_step_at_the_address_of_a_dead_one_is_a_new_step():

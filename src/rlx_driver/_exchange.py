@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from rlx_driver import dlpack
 from rlx_driver._ledger import ledger
 from rlx_driver._sharing import (
-    foreign_facts,
+    facts_of,
     name_of,
     obstacle_to,
     resolve,
@@ -165,7 +164,7 @@ def explain(x: Any, framework: str | ModuleType) -> Explanation:
         obstacle = _obstacle_of_buffer(x, target)
         x = native()
         source = registry.for_array(x)
-    facts = source.facts(x) if source is not None else foreign_facts(x)
+    facts = facts_of(x)
     if native is None:
         obstacle = None if source is target else obstacle_to(facts, target)
     kind = type(x).__name__ if source is None else f"{source.name} array"
@@ -188,11 +187,11 @@ def _exchange(
         source = x.device.backend
         x = tracked(source.name)
         copy = True if copy is True or obstacle is None else None
-    facts = source.facts(x) if source is not None else foreign_facts(x)
+    facts = facts_of(x)
     if source is None and facts.obstacle is None and facts.device.is_host:
         # Old exporters, and read-only ones, are beyond some importers; NumPy's view is not.
-        host = dlpack.as_numpy(x, writable=not facts.read_only)
         source = registry.get("numpy")
+        host = source.share(x, facts)
         verify(host, facts, source.facts(host), may_copy=copy is not False)
         if source is target and copy is not True:
             return host

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from rlx_driver import dlpack
 from rlx_driver._ledger import ledger
 from rlx_driver.backends.base import ArrayFacts, Backend, Obstacle
-from rlx_driver.device import Device
 from rlx_driver.errors import DriverError, UnknownFrameworkError, ZeroCopyError
 from rlx_driver.registry import registry
 
 __all__ = [
-    "foreign_facts",
+    "facts_of",
     "name_of",
     "obstacle_to",
     "resolve",
@@ -115,17 +112,17 @@ def share_verified(
                 return result  # made under a mode or a transform: it has no address to compare
             found = target.facts(result)
         else:
-            exporter = dlpack.HostExporter(x) if isinstance(x, np.ndarray) else x
+            exporter = registry.get("numpy").exporter(x) if isinstance(x, np.ndarray) else x
             result = target.from_dlpack(exporter)
             found = facts_of(result)
     except UnknownFrameworkError as error:
         raise ZeroCopyError(f"{name_of(target)}.from_dlpack gave no array: {error}") from error
     except DriverError:
         raise
-    except Exception as error:  # frameworks raise half a dozen types for one refusal
+    except Exception as error:  # frameworks raise many types for one refusal
         raise ZeroCopyError(
-            f"{name_of(target)} refused {title_of(x, facts)}: {error}. Use copy=None to take a copy "
-            "where one helps"
+            f"{name_of(target)} refused {title_of(x, facts)}: {error}. Use copy=None to take a "
+            "copy where one helps"
         ) from error
     verify(result, facts, found, may_copy=may_copy)
     return result
@@ -151,47 +148,13 @@ def obstacle_to(facts: ArrayFacts, target: Backend | ModuleType) -> Obstacle | N
 
 
 def facts_of(x: Any) -> ArrayFacts:
+    """Describe any array."""
     backend = registry.for_array(x)
-    return backend.facts(x) if backend is not None else foreign_facts(x)
+    if backend is not None:
+        return backend.facts(x)
+    from rlx_driver._foreign import foreign_facts  # loads ctypes, which an import is not to pay
 
-
-def foreign_facts(x: Any) -> ArrayFacts:
-    """Describe any DLPack exporter by a capsule of its own that is dropped unused."""
-    if not hasattr(x, "__dlpack__") or not hasattr(x, "__dlpack_device__"):
-        raise UnknownFrameworkError(
-            f"a {type(x).__qualname__} is no array of a known framework and has no __dlpack__ "
-            "with __dlpack_device__; make it an array first, for example with numpy.asarray"
-        )
-    try:
-        device = Device.from_dlpack(*map(int, x.__dlpack_device__()))
-        options: dict[str, Any] = {} if device.is_host else {"stream": -1}
-        try:
-            capsule = x.__dlpack__(max_version=(1, 0), **options)
-        except TypeError:
-            capsule = x.__dlpack__(**options)
-        found = dlpack.inspect(capsule)
-    except DriverError as error:
-        if isinstance(error, UnknownFrameworkError):
-            raise
-        raise ZeroCopyError(f"the exporter {type(x).__qualname__} is malformed: {error}") from error
-    except Exception as error:
-        raise ZeroCopyError(
-            f"the exporter {type(x).__qualname__} failed in __dlpack__: {error}"
-        ) from error
-    obstacle = None
-    if found.dtype is None:
-        text = f"its DLPack dtype (code {found.code}, {found.bits} bits) is in no table of ours"
-        obstacle = Obstacle("dtype", text, "convert it first", copyable=False)
-    size = 1 if found.dtype is None else found.dtype.itemsize
-    return ArrayFacts(
-        found.address if math.prod(found.shape) else 0,
-        found.shape,
-        tuple(stride * size for stride in found.element_strides),
-        np.dtype(bool) if found.dtype is None else found.dtype,
-        device,
-        read_only=found.read_only,
-        obstacle=obstacle,
-    )
+    return foreign_facts(x)
 
 
 def name_of(target: Backend | ModuleType) -> str:

@@ -76,11 +76,7 @@ class UpdateMixin:
             the access that needs the result.
         """
         lease = self._leases.get(framework)
-        if (
-            lease is None
-            or kwargs
-            or any(type(a) not in lease.backend.plain_arguments for a in args)
-        ):
+        if lease is None or kwargs or not lease.plain.issuperset(map(type, args)):
             return update_many(
                 [self], None, step, args, kwargs, framework, has_aux, static_argnums, ordered
             )

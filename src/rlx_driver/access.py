@@ -59,6 +59,7 @@ class Lease:
         "handed",
         "is_dead",
         "options",
+        "plain",
         "program",
         "shape",
         "step",
@@ -73,6 +74,7 @@ class Lease:
         # Kept here for the hot path of `Buffer.jax`.
         self.is_dead = backend.is_dead
         self.clean = backend.trace_state_clean
+        self.plain = backend.plain_arguments
         # The program of the last update: (weak reference to its step, options, program).
         self.step: Callable[[], Any] | None = None
         self.options: tuple[bool, int | tuple[int, ...]] = (False, ())

@@ -174,7 +174,8 @@ class Buffer(ViewsMixin, UpdateMixin, SlicesMixin, TransferMixin, InteropMixin):
         Parameters
         ----------
         x
-            An array of NumPy, torch or JAX, or any DLPack exporter.
+            An array of NumPy, torch or JAX, or any DLPack exporter; a Buffer gives a Buffer under
+            the same discipline.
         copy
             False: the Buffer is the array's memory, or `ZeroCopyError`. None: the same where it
             can; memory that must not be written (read-only arrays, JAX arrays) is copied, and the
@@ -191,6 +192,8 @@ class Buffer(ViewsMixin, UpdateMixin, SlicesMixin, TransferMixin, InteropMixin):
         ZeroCopyError
             As above, and for arrays that no copy helps (requires_grad, traced values).
         """
+        if isinstance(x, Buffer) and copy is not True:
+            return x[...]  # one memory has one discipline
         source = registry.for_array(x)
         backend = Device.of(x).backend
         native = exchange(x, backend.name, copy=copy)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from rlx_driver import dlpack
 from rlx_driver._ledger import ledger
 from rlx_driver.errors import DeviceUnavailableError, DTypeError, ZeroCopyError
 
@@ -59,16 +58,14 @@ class InteropMixin:
         """
         if copy is True:
             ledger.require_copies(self.byte_size, _ASKED)
-        if self.device.is_host:
-            capsule = dlpack.capsule_of(
-                self.numpy(), stream=stream, max_version=max_version, dl_device=dl_device, copy=copy
-            )
-        else:
-            native = self.array(self.device.backend.name)
-            with self.device.backend.exporting(self.device):
-                capsule = native.__dlpack__(
-                    stream=stream, max_version=max_version, dl_device=dl_device, copy=copy
-                )
+        backend = self.device.backend
+        capsule = backend.export(
+            self.array(backend.name),
+            stream=stream,
+            max_version=max_version,
+            dl_device=dl_device,
+            copy=copy,
+        )
         if copy is True:
             ledger.count_copy(self.byte_size, _ASKED)
         return capsule

@@ -207,6 +207,15 @@ class Backend(ABC):
         """See the bytes of a C-contiguous view as another dtype and shape."""
         raise DTypeError(f"{self.name} cannot see memory as another dtype")
 
+    def exporter(self, array: Any) -> Any:
+        """Give an object whose ``__dlpack__`` exports an array as what it is."""
+        return array
+
+    def export(self, array: Any, **options: Any) -> Any:
+        """Export an array by DLPack; `options` are those of ``__dlpack__``."""
+        with self.exporting(self.device_of(array)):
+            return self.exporter(array).__dlpack__(**options)
+
     def exporting(self, device: Device) -> AbstractContextManager[Any]:
         """Enter what exporting an array of a device needs around it."""
         return nullcontext()
