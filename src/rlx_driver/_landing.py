@@ -37,25 +37,22 @@ def landed(access: Access, lease: Lease, new: Any) -> None:
     if access.handed:
         access.handed.clear()
     access.epoch += 1
-    for backend, views in access.marks:
-        backend.mark_written(views)
+    for mark, views in access.marks:
+        mark(views)
     access.pending = lease
 
 
-def order_after(access: Access, backend: FunctionalBackend) -> None:
-    """Make the views that are out right before the update returns."""
-    lease = access.pending
-    if lease is None:
-        return
+def order_after(access: Access, lease: Lease) -> None:
+    """Make the views that are out right before an update by a lease returns."""
     if not access.synchronous:
         access.settle()
-        return
-    ledger.count_host_wait()
-    try:
-        backend.wait_one(lease.array)
-    except Exception as error:
-        raise access.failed(lease, error) from error
-    access.pending = None
+    elif access.pending is lease:
+        ledger.count_host_wait()
+        try:
+            lease.wait_one(lease.array)
+        except Exception as error:
+            raise access.failed(lease, error) from error
+        access.pending = None
 
 
 def order_all_after(accesses: Sequence[Access], backend: FunctionalBackend) -> None:
@@ -63,7 +60,7 @@ def order_all_after(accesses: Sequence[Access], backend: FunctionalBackend) -> N
     out = [access for access in accesses if access.native_out and access.pending is not None]
     if not out or not out[0].synchronous:
         for access in out:
-            order_after(access, backend)
+            access.settle()
         return
     ledger.count_host_wait()
     try:

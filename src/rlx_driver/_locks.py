@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from threading import get_ident
 from typing import TYPE_CHECKING
 
 from rlx_driver.access import alive, foreign_thread, own_scope
@@ -45,7 +46,7 @@ def acquire(
     AccessTimeoutError
         When others held one for too long. Nothing is held then.
     """
-    me = threading.get_ident()
+    me = get_ident()
     with _lock:
         for access in writes:
             if access.writer or access.readers or access.state != "open":
@@ -62,7 +63,7 @@ def acquire(
 
 def release(writes: Iterable[Access], reads: Iterable[Access] = ()) -> None:
     """Give accesses back."""
-    me = threading.get_ident()
+    me = get_ident()
     with _lock:
         for access in writes:
             access.writer = 0
@@ -84,7 +85,7 @@ def acquire_one(access: Access) -> None:
     """Take one access for writing: `acquire` for the hot path of an update."""
     with _lock:
         if not access.writer and not access.readers and access.state == "open":
-            access.writer = threading.get_ident()
+            access.writer = get_ident()
             access.native_ready = access.functional_ready = False
             return
     acquire((access,))
@@ -97,8 +98,9 @@ def release_one(access: Access) -> None:
     goes to sleep counts itself before it looks at `writer`, so one of the two sees the other.
     """
     settled = access.synchronous
-    access.native_ready = settled and access.pending is None
-    access.functional_ready = settled or not access.native_out
+    free = access.state == "open"  # a failed program may have lost the memory
+    access.native_ready = free and settled and access.pending is None
+    access.functional_ready = free and (settled or not access.native_out)
     access.writer = 0
     if _sleepers:
         with _lock:

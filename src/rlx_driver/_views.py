@@ -219,7 +219,7 @@ class ViewsMixin:
     def _mark(self, backend: Backend, view: Any) -> None:
         own = self._parent is None or backend.obstacle(self._parent._facts) is not None
         if own and type(backend).mark_written is not Backend.mark_written:
-            self._access.marks.append((backend, [view]))
+            self._access.marks.append((backend.mark_written, [view]))
 
     def _functional_view(self, target: FunctionalBackend, *, in_scope: bool = False) -> Any:
         if not target.trace_state_clean():

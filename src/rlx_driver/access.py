@@ -28,7 +28,7 @@ from rlx_driver.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from rlx_driver.backends.base import Backend, FunctionalBackend, Order
+    from rlx_driver.backends.base import FunctionalBackend, Order
 
 __all__ = [
     "Access",
@@ -56,13 +56,16 @@ class Lease:
         "array",
         "backend",
         "clean",
+        "donated_address",
         "handed",
+        "has_aux",
         "is_dead",
-        "options",
         "plain",
         "program",
         "shape",
+        "static",
         "step",
+        "wait_one",
     )
 
     def __init__(self, backend: FunctionalBackend, address: int, shape: tuple[int, ...]) -> None:
@@ -75,9 +78,12 @@ class Lease:
         self.is_dead = backend.is_dead
         self.clean = backend.trace_state_clean
         self.plain = backend.plain_arguments
-        # The program of the last update: (weak reference to its step, options, program).
-        self.step: Callable[[], Any] | None = None
-        self.options: tuple[bool, int | tuple[int, ...]] = (False, ())
+        self.donated_address = backend.donated_address
+        self.wait_one = backend.wait_one
+        # The program of the last update, and what it was made for: a weak reference to its step.
+        self.step: Callable[[], Any] = _nothing
+        self.has_aux = False
+        self.static: int | tuple[int, ...] = ()
         self.program: Callable[..., Any] = _nothing
 
 
@@ -121,7 +127,7 @@ class Access:
         self.retired: list[tuple[FunctionalBackend, Any]] = []
         self.pending: Lease | None = None
         self.native_out = False
-        self.marks: list[tuple[Backend, list[Any]]] = []
+        self.marks: list[tuple[Callable[[list[Any]], None], list[Any]]] = []
         # One flag each for the two kinds of views: everything that makes the hot path valid.
         self.native_ready = self.synchronous
         self.functional_ready = True
@@ -233,16 +239,16 @@ class Access:
 
 def written(accesses: Iterable[Access]) -> None:
     """Note a write to several: new epochs, and each framework is told once."""
-    told: dict[Backend, list[Any]] = {}
+    told: dict[Callable[[list[Any]], None], list[Any]] = {}
     for access in accesses:
         access.epoch += 1
-        for backend, views in access.marks:
-            if backend in told:
-                told[backend] += views
+        for mark, views in access.marks:
+            if mark in told:
+                told[mark] += views
             else:
-                told[backend] = views.copy()
-    for backend, views in told.items():
-        backend.mark_written(views)
+                told[mark] = views.copy()
+    for mark, views in told.items():
+        mark(views)
 
 
 def uncommitted(access: Access) -> StaleViewError:
