@@ -350,6 +350,24 @@ def test_a_module_that_mixes_up_strides_is_found_out():
     assert "strides" in text
 
 
+class Elsewhere(Wrapped):
+    """The same memory, said to be a GPU's: what JAX makes of torch's pinned memory."""
+
+    def __dlpack__(self, stream=None, **options):
+        return super().__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return (2, 0)
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_a_module_that_changes_the_device_is_found_out(copy):
+    module = types.ModuleType("mover")
+    module.from_dlpack = lambda x: Elsewhere(np.from_dlpack(x))
+    with pytest.raises(rlx.ZeroCopyError, match=r"device cpu.* became cuda"):
+        rlx.exchange(make("numpy"), module, copy=copy)
+
+
 @pytest.mark.parametrize("error", [BufferError, ValueError, AssertionError, KeyError, OSError])
 def test_a_module_that_refuses_is_a_zero_copy_error(error):
     def refuse(x):

@@ -58,7 +58,10 @@ class Inputs:
 
     def for_framework(self, target: Backend) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Give the arguments to call with, inside the accesses that `reads` named."""
-        leaves = [self._safe(leaf, target) for leaf in self._leaves]
+        plain = target.plain_arguments
+        leaves = [
+            leaf if type(leaf) in plain else self._safe(leaf, target) for leaf in self._leaves
+        ]
         args, kwargs = self._unflatten(self._structure, leaves)
         args = tuple(self._fixed.get(i, value) for i, value in enumerate(args))
         return args, kwargs

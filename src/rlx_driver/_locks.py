@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
     from rlx_driver.access import Access
 
-__all__ = ["acquire", "acquire_one", "release", "release_one"]
+__all__ = ["acquire", "lock", "release", "sleepers", "wake"]
 
-_lock = threading.Lock()
-_changed = threading.Condition(_lock)
-_sleepers = 0
+lock = threading.Lock()
+_changed = threading.Condition(lock)
+sleepers = 0
+"""Threads that wait, or are about to look whether they have to."""
 
 
 def acquire(
@@ -47,7 +48,7 @@ def acquire(
         When others held one for too long. Nothing is held then.
     """
     me = get_ident()
-    with _lock:
+    with lock:
         for access in writes:
             if access.writer or access.readers or access.state != "open":
                 break
@@ -64,7 +65,7 @@ def acquire(
 def release(writes: Iterable[Access], reads: Iterable[Access] = ()) -> None:
     """Give accesses back."""
     me = get_ident()
-    with _lock:
+    with lock:
         for access in writes:
             access.writer = 0
             # `refresh`, spelled out: this loop is the hot end of every update of a tree.
@@ -77,34 +78,14 @@ def release(writes: Iterable[Access], reads: Iterable[Access] = ()) -> None:
                 access.readers[me] -= 1
             else:
                 access.readers.pop(me, None)
-        if _sleepers:
+        if sleepers:
             _changed.notify_all()
 
 
-def acquire_one(access: Access) -> None:
-    """Take one access for writing: `acquire` for the hot path of an update."""
-    with _lock:
-        if not access.writer and not access.readers and access.state == "open":
-            access.writer = get_ident()
-            access.native_ready = access.functional_ready = False
-            return
-    acquire((access,))
-
-
-def release_one(access: Access) -> None:
-    """Give one access back that was taken for writing.
-
-    The flags come first and `writer` last. The lock is taken only to wake sleepers: a thread that
-    goes to sleep counts itself before it looks at `writer`, so one of the two sees the other.
-    """
-    settled = access.synchronous
-    free = access.state == "open"  # a failed program may have lost the memory
-    access.native_ready = free and settled and access.pending is None
-    access.functional_ready = free and (settled or not access.native_out)
-    access.writer = 0
-    if _sleepers:
-        with _lock:
-            _changed.notify_all()
+def wake() -> None:
+    """Make every sleeper look again."""
+    with lock:
+        _changed.notify_all()
 
 
 def _take(writes: Iterable[Access], reads: Iterable[Access], me: int) -> None:
@@ -119,9 +100,9 @@ def _wait_for(
     writes: Sequence[Access], reads: Sequence[Access], me: int, timeout: float | None
 ) -> None:
     """Wait, with the lock held, until all can be taken, and take them."""
-    global _sleepers
+    global sleepers
     deadline = None if timeout is None else time.monotonic() + timeout
-    _sleepers += 1
+    sleepers += 1
     for access in writes:
         access.waiting += 1  # keeps new readers out, so that they cannot starve a writer
     try:
@@ -137,7 +118,7 @@ def _wait_for(
                 )
         _take(writes, reads, me)
     finally:
-        _sleepers -= 1
+        sleepers -= 1
         for access in writes:
             access.waiting -= 1
         _changed.notify_all()  # a writer that gave up may have kept readers out
@@ -165,10 +146,10 @@ def _blocker(writes: Sequence[Access], reads: Sequence[Access], me: int) -> Acce
 
 
 def _after_fork_in_child() -> None:
-    global _lock, _changed, _sleepers
-    _lock = threading.Lock()  # another thread may have held the old one
-    _changed = threading.Condition(_lock)
-    _sleepers = 0
+    global lock, _changed, sleepers
+    lock = threading.Lock()  # another thread may have held the old one
+    _changed = threading.Condition(lock)
+    sleepers = 0
     for access in list(alive):
         access.state = "forked"
         access.writer = 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
+from rlx_driver import _locks
 from rlx_driver._inputs import Inputs
 from rlx_driver._landing import inside_trace, land_elsewhere, order_after, order_all_after
-from rlx_driver._locks import acquire, acquire_one, release, release_one
+from rlx_driver._locks import acquire, release
 from rlx_driver._mutable import Structure, require_backend, update_mutable
 from rlx_driver._sharing import resolve, share_verified
 from rlx_driver.access import Access, Lease, fence, uncommitted, written
@@ -88,7 +90,13 @@ class UpdateMixin:
         else:
             program = _remembered_program(lease, step, has_aux, static_argnums)
         access = self._access
-        acquire_one(access)
+        with _locks.lock:
+            free = not access.writer and not access.readers and access.state == "open"
+            if free:
+                access.writer = get_ident()
+        if not free:
+            acquire((access,))
+        access.native_ready = access.functional_ready = False
         try:
             old = lease.array
             pending = access.pending
@@ -119,7 +127,15 @@ class UpdateMixin:
             if ordered and access.native_out:
                 order_after(access, lease)
         finally:
-            release_one(access)
+            # The flags come first and `writer` last, without the lock: a thread that goes to sleep
+            # counts itself before it looks at `writer`, so one of the two sees the other.
+            free = access.state == "open"  # a failed program may have lost the memory
+            settled = access.synchronous
+            access.native_ready = free and settled and access.pending is None
+            access.functional_ready = free and (settled or not access.native_out)
+            access.writer = 0
+            if _locks.sleepers:
+                _locks.wake()
         return aux
 
 

@@ -93,6 +93,8 @@ class Backend(ABC):
     kinds: ClassVar[tuple[str, ...]]
     """Device kinds on which it allocates for the driver."""
     functional: ClassVar[bool] = False
+    plain_arguments: frozenset[type] = frozenset()
+    """Types of arguments that a step may take as they are; an optimisation."""
     """Whether its arrays are immutable: it is a `FunctionalBackend`."""
 
     # --- what there is -----------------------------------------------------------------------
@@ -285,9 +287,6 @@ class FunctionalBackend(Backend):
 
     trace_state_clean: Callable[[], bool]
     """Tells whether the calling thread is outside every trace; inside, a view is baked in."""
-
-    plain_arguments: frozenset[type]
-    """Types of arguments that a step may take as they are."""
 
     @abstractmethod
     def owned(self, device: Device, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:

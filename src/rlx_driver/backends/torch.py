@@ -298,9 +298,9 @@ class TorchBackend(Backend):
         """Record no autograd graph."""
         return torch.no_grad()
 
-    def mark_written(self, views: list[torch.Tensor]) -> None:
-        """Raise the version counters, so that autograd refuses what it saved before."""
-        torch.autograd.graph.increment_version(views)
+    # Raises the version counters, so that autograd refuses what it saved before. The function
+    # itself, for it is on the hot path.
+    mark_written = staticmethod(torch.autograd.graph.increment_version)
 
     def order(self, device: Device) -> Order:
         """Order by torch's current stream on CUDA."""
