@@ -461,3 +461,20 @@ def test_an_unordered_update_is_settled_by_every_accessor():
         b.update(slowly_plus_one, ordered=False)
         found = accessor(b)
         assert bool((found == 2).all())
+
+
+def test_the_private_way_to_raise_a_version_counter_is_probed():
+    from rlx_driver.backends.torch import probe_increment
+
+    def broken(tensors):
+        raise TypeError("gone")
+
+    public = torch.autograd.graph.increment_version
+    assert probe_increment(None) is public
+    assert probe_increment(broken) is public
+    assert probe_increment(lambda tensors: None) is public
+    for increment in (probe_increment(), public):
+        t = torch.zeros(2)
+        before = t._version
+        increment([t])
+        assert t._version == before + 1

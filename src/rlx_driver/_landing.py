@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rlx_driver.backends.base import FunctionalBackend
     from rlx_driver.buffer import Buffer
 
-__all__ = ["inside_trace", "land_elsewhere", "landed", "order_after", "order_all_after"]
+__all__ = ["inside_trace", "land_elsewhere", "landed", "order_all_after"]
 
 _IN_PLACE = (
     "a step that is jitted already needs donate_argnums=0, and nothing else may hold its views"
@@ -40,19 +40,6 @@ def landed(access: Access, lease: Lease, new: Any) -> None:
     for mark, views in access.marks:
         mark(views)
     access.pending = lease
-
-
-def order_after(access: Access, lease: Lease) -> None:
-    """Make the views that are out right before an update by a lease returns."""
-    if not access.synchronous:
-        access.settle()
-    elif access.pending is lease:
-        ledger.count_host_wait()
-        try:
-            lease.wait_one(lease.array)
-        except Exception as error:
-            raise access.failed(lease, error) from error
-        access.pending = None
 
 
 def order_all_after(accesses: Sequence[Access], backend: FunctionalBackend) -> None:

@@ -1,7 +1,10 @@
 """Taking accesses: many readers or one writer each, several at once, all or none.
 
-One lock for all of them makes taking many at once atomic, so that no order of taking deadlocks. It
-is held for a few comparisons, never while a framework is called.
+An access has a *token*, in the list `Access.vacant` while nobody holds it. A writer takes it; so
+does the first of a group of readers, and the last one gives it back. Popping it from the list is
+atomic, so an update of one buffer needs no lock (which would be a tenth of its cost). Everything
+else goes by one lock for all accesses, which makes taking many at once atomic: no order of taking
+deadlocks. It is held for a few comparisons, never while a framework is called.
 """
 
 from __future__ import annotations
@@ -20,10 +23,10 @@ if TYPE_CHECKING:
 
     from rlx_driver.access import Access
 
-__all__ = ["acquire", "lock", "release", "sleepers", "wake"]
+__all__ = ["acquire", "release", "sleepers", "wake"]
 
-lock = threading.Lock()
-_changed = threading.Condition(lock)
+_lock = threading.Lock()
+_changed = threading.Condition(_lock)
 sleepers = 0
 """Threads that wait, or are about to look whether they have to."""
 
@@ -42,118 +45,140 @@ def acquire(
 
     Raises
     ------
+    ClosedHandleError, UpdateFailedError
+        When one is closed, or its memory is lost.
     StaleViewError
-        When this very thread holds one in a way that waiting would never end.
+        When this very thread holds one in a way that waiting would never end, or after a fork.
     AccessTimeoutError
         When others held one for too long. Nothing is held then.
     """
+    global sleepers
     me = get_ident()
-    with lock:
+    with _lock:
+        blocker = _take(writes, reads, me)
+        if blocker is None:
+            return
+        deadline = None if timeout is None else time.monotonic() + timeout
+        sleepers += 1  # before looking again: see `release`
         for access in writes:
-            if access.writer or access.readers or access.state != "open":
-                break
-        else:
-            for access in reads:
-                if access.writer or access.state != "open" or (access.waiting and not writes):
-                    break
-            else:
-                _take(writes, reads, me)
-                return
-        _wait_for(writes, reads, me, timeout)
+            access.waiting += 1  # keeps new readers out, so that they cannot starve a writer
+        try:
+            while (blocker := _take(writes, reads, me)) is not None:
+                _require_an_end(writes, reads, me)
+                if foreign_thread():
+                    raise own_scope(blocker, writing=True)
+                left = None if deadline is None else deadline - time.monotonic()
+                if (left is not None and left <= 0) or not _changed.wait(left):
+                    holders = f"{len(blocker.readers)} reader(s)" if blocker.readers else "a writer"
+                    raise AccessTimeoutError(
+                        f"{blocker.label} could not be taken within {timeout} s: it is held by "
+                        f"{holders}. Nothing was changed"
+                    )
+        finally:
+            sleepers -= 1
+            for access in writes:
+                access.waiting -= 1
+            _changed.notify_all()  # a writer that gave up may have kept readers out
 
 
 def release(writes: Iterable[Access], reads: Iterable[Access] = ()) -> None:
-    """Give accesses back."""
+    """Give accesses back.
+
+    The token goes back before `sleepers` is read, and a thread that goes to sleep counts itself
+    before it looks for the token: one of the two sees the other.
+    """
     me = get_ident()
-    with lock:
-        for access in writes:
-            access.writer = 0
-            # `refresh`, spelled out: this loop is the hot end of every update of a tree.
-            free = access.state == "open"
-            settled = access.synchronous
-            access.native_ready = free and settled and access.pending is None
-            access.functional_ready = free and (settled or not access.native_out)
-        for access in reads:
-            if access.readers.get(me, 0) > 1:
-                access.readers[me] -= 1
-            else:
-                access.readers.pop(me, None)
-        if sleepers:
-            _changed.notify_all()
+    for access in writes:
+        # `Access.refresh`, spelled out: this loop is the hot end of every update of a tree.
+        settled = access.synchronous
+        free = access.state == "open"
+        access.native_ready = free and settled and access.pending is None
+        access.functional_ready = free and (settled or not access.native_out)
+        access.writer = 0
+        if free:
+            access.vacant.append(None)
+    if reads:
+        with _lock:
+            for access in reads:
+                _leave(access, me)
+    if sleepers:
+        wake()
 
 
 def wake() -> None:
     """Make every sleeper look again."""
-    with lock:
+    with _lock:
         _changed.notify_all()
 
 
-def _take(writes: Iterable[Access], reads: Iterable[Access], me: int) -> None:
+def _take(writes: Sequence[Access], reads: Sequence[Access], me: int) -> Access | None:
+    """Take all with the lock held, or none: then give one that is held by others."""
+    taken = 0
+    try:
+        for access in writes:
+            access.vacant.pop()
+            taken += 1
+    except IndexError:
+        for access in writes[:taken]:
+            access.vacant.append(None)
+        return writes[taken]
+    for entered, access in enumerate(reads):
+        if not _enter(access, me, also_writes=bool(writes)):
+            for other in reads[:entered]:
+                _leave(other, me)
+            for other in writes:
+                other.vacant.append(None)
+            return access
     for access in writes:
         access.writer = me
         access.native_ready = access.functional_ready = False
-    for access in reads:
-        access.readers[me] = access.readers.get(me, 0) + 1
+    return None
 
 
-def _wait_for(
-    writes: Sequence[Access], reads: Sequence[Access], me: int, timeout: float | None
-) -> None:
-    """Wait, with the lock held, until all can be taken, and take them."""
-    global sleepers
-    deadline = None if timeout is None else time.monotonic() + timeout
-    sleepers += 1
-    for access in writes:
-        access.waiting += 1  # keeps new readers out, so that they cannot starve a writer
-    try:
-        while (blocker := _blocker(writes, reads, me)) is not None:
-            if foreign_thread():
-                raise own_scope(blocker, writing=True)
-            left = None if deadline is None else deadline - time.monotonic()
-            if (left is not None and left <= 0) or not _changed.wait(left):
-                holders = "a writer" if blocker.writer else f"{len(blocker.readers)} reader(s)"
-                raise AccessTimeoutError(
-                    f"{blocker.label} could not be taken within {timeout} s: it is held by "
-                    f"{holders}. Nothing was changed"
-                )
-        _take(writes, reads, me)
-    finally:
-        sleepers -= 1
-        for access in writes:
-            access.waiting -= 1
-        _changed.notify_all()  # a writer that gave up may have kept readers out
+def _enter(access: Access, me: int, *, also_writes: bool) -> bool:
+    """Join the readers of an access, with the lock held."""
+    # A waiting writer keeps new readers out, but not one that it waits for itself, and not one
+    # that is a waiting writer too: those two would wait for each other.
+    if access.waiting and me not in access.readers and not also_writes:
+        return False
+    if not access.readers:
+        try:
+            access.vacant.pop()
+        except IndexError:
+            return False
+    access.readers[me] = access.readers.get(me, 0) + 1
+    return True
 
 
-def _blocker(writes: Sequence[Access], reads: Sequence[Access], me: int) -> Access | None:
-    """Find an access that has to be waited for; raise where waiting would never end."""
-    found = None
-    for access in writes:
-        access.require_open()
-        if access.writer == me or me in access.readers:
-            raise own_scope(access, writing=access.writer == me)
-        if access.writer or access.readers:
-            found = access
-    for access in reads:
+def _leave(access: Access, me: int) -> None:
+    """Leave the readers of an access, with the lock held."""
+    if access.readers.get(me, 0) > 1:
+        access.readers[me] -= 1
+    elif access.readers.pop(me, None) and not access.readers and access.state == "open":
+        access.vacant.append(None)
+
+
+def _require_an_end(writes: Sequence[Access], reads: Sequence[Access], me: int) -> None:
+    """Raise where waiting would never end."""
+    for access in (*writes, *reads):
         access.require_open()
         if access.writer == me:
             raise own_scope(access, writing=True)
-        # A waiting writer keeps new readers out, but not one that it waits for itself, and not
-        # one that is a waiting writer too: those two would wait for each other.
-        kept_out = access.waiting and not writes and me not in access.readers
-        if access.writer or kept_out:
-            found = access
-    return found
+    for access in writes:
+        if me in access.readers:
+            raise own_scope(access, writing=False)
 
 
 def _after_fork_in_child() -> None:
-    global lock, _changed, sleepers
-    lock = threading.Lock()  # another thread may have held the old one
-    _changed = threading.Condition(lock)
+    global _lock, _changed, sleepers
+    _lock = threading.Lock()  # another thread may have held the old one
+    _changed = threading.Condition(_lock)
     sleepers = 0
     for access in list(alive):
         access.state = "forked"
         access.writer = 0
         access.readers.clear()
+        access.vacant.clear()
         access.refresh()
 
 

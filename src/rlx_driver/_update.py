@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rlx_driver import _locks
 from rlx_driver._inputs import Inputs
-from rlx_driver._landing import inside_trace, land_elsewhere, order_after, order_all_after
+from rlx_driver._landing import inside_trace, land_elsewhere, order_all_after
+from rlx_driver._ledger import ledger
 from rlx_driver._locks import acquire, release
 from rlx_driver._mutable import Structure, require_backend, update_mutable
 from rlx_driver._sharing import resolve, share_verified
@@ -78,7 +79,13 @@ class UpdateMixin:
             the access that needs the result.
         """
         lease = self._leases.get(framework)
-        if lease is None or kwargs or not lease.plain.issuperset(map(type, args)):
+        everyday = lease is not None and not kwargs
+        if everyday:
+            for value in args:
+                if type(value) not in lease.plain:
+                    everyday = False
+                    break
+        if not everyday:
             return update_many(
                 [self], None, step, args, kwargs, framework, has_aux, static_argnums, ordered
             )
@@ -90,13 +97,13 @@ class UpdateMixin:
         else:
             program = _remembered_program(lease, step, has_aux, static_argnums)
         access = self._access
-        with _locks.lock:
-            free = not access.writer and not access.readers and access.state == "open"
-            if free:
-                access.writer = get_ident()
-        if not free:
+        try:
+            access.vacant.pop()
+        except IndexError:
             acquire((access,))
-        access.native_ready = access.functional_ready = False
+        else:
+            access.writer = get_ident()
+            access.native_ready = access.functional_ready = False
         try:
             old = lease.array
             pending = access.pending
@@ -125,15 +132,23 @@ class UpdateMixin:
             else:
                 aux = land_elsewhere([self], [lease], [old], [new], aux)
             if ordered and access.native_out:
-                order_after(access, lease)
+                if access.pending is lease and access.synchronous:
+                    ledger.count_host_wait()
+                    try:
+                        lease.wait_one(lease.array)
+                    except Exception as error:
+                        raise access.failed(lease, error) from error
+                    access.pending = None
+                else:
+                    access.settle()
         finally:
-            # The flags come first and `writer` last, without the lock: a thread that goes to sleep
-            # counts itself before it looks at `writer`, so one of the two sees the other.
-            free = access.state == "open"  # a failed program may have lost the memory
             settled = access.synchronous
+            free = access.state == "open"  # a failed program may have lost the memory
             access.native_ready = free and settled and access.pending is None
             access.functional_ready = free and (settled or not access.native_out)
             access.writer = 0
+            if free:
+                access.vacant.append(None)
             if _locks.sleepers:
                 _locks.wake()
         return aux

@@ -108,6 +108,7 @@ class Access:
         "retired",
         "state",
         "synchronous",
+        "vacant",
         "waiting",
         "writer",
     )
@@ -122,6 +123,7 @@ class Access:
         self.writer = 0
         self.readers: dict[int, int] = {}
         self.waiting = 0
+        self.vacant: list[None] = [None]  # see rlx_driver._locks
         self.leases: dict[Any, Lease] = {}
         self.handed: dict[Lease, None] = {}
         self.retired: list[tuple[FunctionalBackend, Any]] = []

@@ -59,6 +59,25 @@ _NO_DISPATCH = getattr(torch.Tensor, "__torch_dispatch__", None)
 _is_wrapped = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None)
 
 
+_private_increment = getattr(torch._C, "_increment_version", None)
+
+
+def probe_increment(
+    candidate: Callable[[list[torch.Tensor]], None] | None = _private_increment,
+) -> Callable[[list[torch.Tensor]], None]:
+    """Choose between the private function behind ``increment_version`` and the public one."""
+    probe = torch.zeros(1)
+    version = probe._version
+    try:
+        if candidate is not None:
+            candidate([probe])
+    except (TypeError, RuntimeError):
+        pass
+    if candidate is not None and probe._version == version + 1:
+        return candidate
+    return torch.autograd.graph.increment_version
+
+
 class TorchBackend(Backend):
     """torch tensors; work on a GPU is ordered by torch's current stream."""
 
@@ -300,7 +319,7 @@ class TorchBackend(Backend):
 
     # Raises the version counters, so that autograd refuses what it saved before. The function
     # itself, for it is on the hot path.
-    mark_written = staticmethod(torch.autograd.graph.increment_version)
+    mark_written = staticmethod(probe_increment())  # type: ignore[assignment]
 
     def order(self, device: Device) -> Order:
         """Order by torch's current stream on CUDA."""
