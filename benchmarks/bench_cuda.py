@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from benchmarks.harness import Row, best_of
 
 import rlx_driver as rlx
+from benchmarks.harness import Row, best_of
 
 ROW = 8192
 ROWS = (2 << 30) // 2 // ROW

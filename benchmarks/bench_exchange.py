@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 import torch
-from benchmarks.harness import Row, best_of
 
 import rlx_driver as rlx
+from benchmarks.harness import Row, best_of
 
 TARGETS = {
     ("numpy", "jax"): 0.4,

@@ -4,9 +4,9 @@ import time
 
 import jax
 import jax.numpy as jnp
-from benchmarks.harness import Row, best_of
 
 import rlx_driver as rlx
+from benchmarks.harness import Row, best_of
 
 COUNT = 400
 STEPS = 50
@@ -56,4 +56,5 @@ def write_row(handles) -> Row:
         return scope()
 
     spent = min(all_fenced() for _ in range(30))
-    return Row(f"write scope over {COUNT} handles, time", spent, "target", 1e-3, 1e-3, absolute=True)
+    name = f"write scope over {COUNT} handles, time"
+    return Row(name, spent, "target", 1e-3, 1e-3, absolute=True)

@@ -10,9 +10,9 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmarks.harness import Row, best_of
 
 import rlx_driver as rlx
+from benchmarks.harness import Row, best_of
 
 STEPS = 500
 ROW = 1024
@@ -56,7 +56,8 @@ def run() -> list[Row]:
     rows = []
     ordered_at = {}
     for label, nbytes in (("1 MiB", 1 << 20), ("64 MiB", 64 << 20), ("1 GiB", 1 << 30)):
-        alone, unordered, ordered = (t / STEPS for t in best_of(*chains(nbytes), number=1, repeat=15))
+        times = best_of(*chains(nbytes), number=1, repeat=15)
+        alone, unordered, ordered = (spent / STEPS for spent in times)
         ordered_at[label] = ordered
         against = "donated chain in JAX alone"
         rows.append(Row(f"kv.update ordered, {label}", ordered, against, alone, 1.5))

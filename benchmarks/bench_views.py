@@ -2,9 +2,9 @@
 
 import jax.numpy as jnp
 import torch
-from benchmarks.harness import Row, best_of
 
 import rlx_driver as rlx
+from benchmarks.harness import Row, best_of
 
 
 def run() -> list[Row]:

@@ -8,9 +8,12 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("rlx-driver", "numpy", "ml_dtypes", "torch", "jax", "jaxlib")
@@ -51,10 +54,12 @@ class Row:
 
     @property
     def ratio(self) -> float:
+        """How we compare."""
         return self.theirs / self.ours if self.faster else self.ours / self.theirs
 
     @property
     def met(self) -> bool | None:
+        """Whether the target is met; None without one."""
         if self.target is None:
             return None
         if self.absolute:
@@ -105,7 +110,9 @@ def report(label: str, rows: list[Row], facts: dict[str, str], folder: Path) -> 
     """Write ``label.json`` and ``label.md``, and give the Markdown."""
     folder.mkdir(parents=True, exist_ok=True)
     data = [asdict(row) | {"ratio": row.ratio, "met": row.met} for row in rows]
-    (folder / f"{label}.json").write_text(json.dumps({"machine": facts, "rows": data}, indent=1) + "\n")
+    (folder / f"{label}.json").write_text(
+        json.dumps({"machine": facts, "rows": data}, indent=1) + "\n"
+    )
     text = "\n".join(_lines(rows, facts)) + "\n"
     (folder / f"{label}.md").write_text(text)
     return text

@@ -62,7 +62,7 @@ def test_jax_updates_a_torch_handle_in_place_for_a_thousand_steps():
     "dtype", [d for d, row in TABLE.items() if row.torch and row.jax and row.dlpack], ids=str
 )
 def test_every_common_dtype_is_shared(dtype):
-    if dtype.itemsize >= 8 and dtype.kind != "c" or dtype == np.complex128:
+    if (dtype.itemsize >= 8 and dtype.kind != "c") or dtype == np.complex128:
         pytest.skip("needs x64")
     b = rlx.Buffer.zeros((256,), dtype, DEVICE)
     t, j = b.torch(), b.jax()
@@ -165,7 +165,7 @@ def test_stale_jax_array_raises_after_a_write():
     old = b.jax()
     with b.write("torch") as t:
         t.fill_(3)
-    with pytest.raises((RuntimeError, ValueError), match="deleted|donated"):
+    with pytest.raises((RuntimeError, ValueError), match=r"deleted|donated"):
         float(old.sum())
     assert float(b.jax().sum()) == 192
 

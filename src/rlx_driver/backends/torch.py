@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import array_api_compat.torch
@@ -66,15 +66,14 @@ def probe_increment(
     candidate: Callable[[list[torch.Tensor]], None] | None = _private_increment,
 ) -> Callable[[list[torch.Tensor]], None]:
     """Choose between the private function behind ``increment_version`` and the public one."""
-    probe = torch.zeros(1)
-    version = probe._version
-    try:
-        if candidate is not None:
-            candidate([probe])
-    except (TypeError, RuntimeError):
-        pass
-    if candidate is not None and probe._version == version + 1:
-        return candidate
+    if candidate is not None:
+        with torch.inference_mode(False):  # the first use may stand inside
+            probe = torch.zeros(1)
+            version = probe._version
+            with suppress(TypeError, RuntimeError):
+                candidate([probe])
+        if probe._version == version + 1:
+            return candidate
     return torch.autograd.graph.increment_version
 
 
