@@ -209,7 +209,11 @@ class JaxBackend(FunctionalBackend):
 
     def copy_out(self, array: Any) -> np.ndarray[Any, Any]:
         """Copy an array to new host memory; blocks until it is computed."""
-        return registry.get("numpy").duplicate(np.asarray(array))
+        # By DLPack where it can be: np.asarray of a narrow float holds its array for ever in 0.11.
+        on_host = self.device_of(array).is_host and np.dtype(array.dtype) in _SHARED
+        return registry.get("numpy").duplicate(
+            dlpack.as_numpy(array) if on_host else np.asarray(array)
+        )
 
     def copy_across(self, destination: Any, source: Any) -> Any:
         """Put an array in the memory of another; returns the one that now holds it."""
@@ -260,6 +264,9 @@ class JaxBackend(FunctionalBackend):
         return self._import(array, facts, None)
 
     def _import(self, array: Any, facts: ArrayFacts, copy: bool | None) -> Any:
+        if facts.device.is_host and not isinstance(array, np.ndarray):
+            # Pinned memory too is the host's for us, where JAX would take it for its GPU's.
+            array = dlpack.as_numpy(array, writable=not facts.read_only)
         if isinstance(array, np.ndarray):
             # Read-only memory is shared too: JAX writes to it only by way of a lease.
             never_written = facts.read_only and copy is not True
@@ -268,7 +275,7 @@ class JaxBackend(FunctionalBackend):
                 return self._private.import_capsule(capsule, self._cpu, copy)
             exporter = dlpack.HostExporter(array, never_written=never_written)
             return jnp.from_dlpack(exporter, copy=copy)
-        return jnp.from_dlpack(array, copy=copy if facts.device.is_host else None)
+        return jnp.from_dlpack(array)
 
     def lane_from(self, source: str) -> Callable[[Any], Any] | None:
         """Give the fast way in for compact, aligned NumPy arrays and host tensors."""
@@ -442,6 +449,8 @@ class JaxBackend(FunctionalBackend):
 
 
 def _numpy_of_array(array: Any) -> np.ndarray[Any, Any] | None:
+    if array.dtype not in _EVERYDAY:
+        return None
     view = np.asarray(array)  # waits, so that asking for the address below is safe
     if (
         array.unsafe_buffer_pointer() == pointer(view)
