@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tabulate import tabulate
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("rlx-driver", "numpy", "ml_dtypes", "torch", "jax", "jaxlib")
@@ -113,23 +115,21 @@ def report(label: str, rows: list[Row], facts: dict[str, str], folder: Path) -> 
     (folder / f"{label}.json").write_text(
         json.dumps({"machine": facts, "rows": data}, indent=1) + "\n"
     )
-    text = "\n".join(_lines(rows, facts)) + "\n"
+    measured = ", ".join(f"{key} {value}" for key, value in facts.items())
+    text = f"Measured {measured}.\n\n{_table(rows)}\n"
     (folder / f"{label}.md").write_text(text)
     return text
 
 
-def _lines(rows: list[Row], facts: dict[str, str]) -> Iterator[str]:
-    yield "Measured " + ", ".join(f"{key} {value}" for key, value in facts.items()) + "."
-    yield ""
-    yield "| what | ours | against | theirs | ratio | target | met |"
-    yield "|---|---:|---|---:|---:|---:|---|"
+def _table(rows: list[Row]) -> str:
+    cells = []
     for row in rows:
-        met = {None: "", True: "yes", False: "**no**"}[row.met]
         ratio = f"{row.ratio:,.0f} x faster" if row.faster else f"{row.ratio:.2f}"
-        yield (
-            f"| {row.name} | {_amount(row.ours, row.unit)} | {row.against} | "
-            f"{_amount(row.theirs, row.unit)} | {ratio} | {_target(row)} | {met} |"
-        )
+        met = {None: "", True: "yes", False: "**no**"}[row.met]
+        ours, theirs = _amount(row.ours, row.unit), _amount(row.theirs, row.unit)
+        cells.append([row.name, ours, row.against, theirs, ratio, _target(row), met])
+    headers = ["what", "ours", "against", "theirs", "ratio", "target", "met"]
+    return tabulate(cells, headers, tablefmt="github", disable_numparse=True)
 
 
 def _target(row: Row) -> str:

@@ -75,10 +75,9 @@ def verify(result: Any, source: ArrayFacts, target: ArrayFacts, *, may_copy: boo
         for what, ours, theirs in (
             ("dtype", source.dtype, target.dtype),
             ("shape", source.shape, target.shape),
-            ("device", source.device, target.device),
+            ("device", _place(source), _place(target)),
         )
-        # JAX may show the one host as several devices.
-        if ours != theirs and not (what == "device" and ours.is_host and theirs.is_host)
+        if ours != theirs
     ]
     moved = [
         f"{what} {ours} became {theirs}"
@@ -96,6 +95,11 @@ def verify(result: Any, source: ArrayFacts, target: ArrayFacts, *, may_copy: boo
             f"{'; '.join(changed + moved)}"
             + ("" if changed else ". Use copy=None or copy=True to take a copy")
         )
+
+
+def _place(facts: ArrayFacts) -> str:
+    # JAX may show the one host as several devices.
+    return "cpu" if facts.device.is_host else str(facts.device)
 
 
 def _telling(facts: ArrayFacts) -> tuple[int, ...]:
