@@ -95,7 +95,8 @@ def sample(params: dict[str, np.ndarray], config: tiny_gpt.Config, prompt: str, 
     """Continue a prompt greedily, in NumPy."""
     kv = np.zeros(config.kv_shape(), np.float32)
     tokens, position, chosen = tiny_gpt.encode(prompt), 0, []
-    for _ in range(count):
+    room = config.max_seq - tokens.shape[1]
+    for _ in range(min(count, room)):
         kv, logits = tiny_gpt.forward(params, tokens, kv, position, config=config)
         position += tokens.shape[1]
         tokens = tiny_gpt.greedy(logits)

@@ -21,6 +21,7 @@ from support import (
     installed,
     make,
     needs,
+    offset,
     other_bytes,
     pattern,
     read_bytes,
@@ -278,6 +279,19 @@ def test_copy_in_writes_in_place(backend, typed, dtype):
     before = read_bytes(x)
     write_bytes(host, other_bytes(host))
     assert read_bytes(x) == before, "the host array may be reused at once"
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_a_big_host_array_may_be_reused_as_soon_as_copy_in_returns(backend, device, start):
+    host = offset(1 << 23, "float32", start)
+    memory = backend.allocate(device, host.nbytes)
+    x = backend.view(memory, 0, host.shape, host.dtype)
+    for value in (1, 2, 3):
+        host[:] = value
+        result = backend.copy_in(x, host)
+        host[:] = 0
+        x = result if backend.functional else x
+        assert (backend.copy_out(x) == value).all()
 
 
 def test_copy_in_takes_any_layout(backend, typed):

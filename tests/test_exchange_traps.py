@@ -697,7 +697,7 @@ def test_an_importer_that_copies_is_found_out(monkeypatch, source, target, wrapp
 
 @pytest.mark.parametrize("source", frameworks("numpy", "jax"))
 def test_an_importer_is_verified_without_the_probe_for_transforms(monkeypatch, source):
-    monkeypatch.setattr("rlx_driver.backends.torch._is_wrapped", None)
+    monkeypatch.setattr("rlx_driver.backends._torch_tensors._is_wrapped", None)
     lying(monkeypatch, "torch")
     registry.lanes.clear()
     with pytest.raises(rlx.ZeroCopyError, match="address"):
@@ -831,7 +831,7 @@ def public_jax_only(monkeypatch):
 
 @pytest.fixture
 def no_transform_probe(monkeypatch):
-    monkeypatch.setattr("rlx_driver.backends.torch._is_wrapped", None)
+    monkeypatch.setattr("rlx_driver.backends._torch_tensors._is_wrapped", None)
     registry.lanes.clear()
 
 
@@ -883,7 +883,7 @@ class TestWithoutPrivateInterfaces:
 
 @pytest.mark.parametrize("how", ["private", "public"])
 def test_a_trace_is_noticed(how):
-    from rlx_driver.backends.jax import slow_trace_state_clean
+    from rlx_driver.backends._jax_arrays import slow_trace_state_clean
 
     clean = registry.get("jax").trace_state_clean if how == "private" else slow_trace_state_clean
     seen = []
@@ -908,14 +908,14 @@ def test_a_trace_is_noticed(how):
 def test_a_changed_trace_state_is_not_used(monkeypatch, change):
     from jax._src import core
 
-    from rlx_driver.backends.jax import _probe_trace_state, slow_trace_state_clean
+    from rlx_driver.backends._jax_arrays import probe_trace_state, slow_trace_state_clean
 
     if change == "gone":
         monkeypatch.delattr(core, "trace_state_clean")
     else:
         wrong = {"always": lambda: True, "never": lambda: False, "arguments": lambda x: x}[change]
         monkeypatch.setattr(core, "trace_state_clean", wrong)
-    assert _probe_trace_state() is slow_trace_state_clean
+    assert probe_trace_state() is slow_trace_state_clean
 
 
 # --- pinned memory -------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import numpy as np
 
 from rlx_driver import dlpack
 from rlx_driver.backends import _jax_dlpack, _jax_stream
+from rlx_driver.backends._jax_arrays import is_dense, jax_obstacle, probe_trace_state, strides_of
 from rlx_driver.backends._jax_steps import StepCache
 from rlx_driver.backends._numpy_pointer import pointer
 from rlx_driver.backends.base import (
@@ -20,7 +21,6 @@ from rlx_driver.backends.base import (
     Obstacle,
     accounting,
     require_memory,
-    row_major_strides,
 )
 from rlx_driver.device import Device, MemoryInfo
 from rlx_driver.dtypes import TABLE, info
@@ -78,7 +78,7 @@ class JaxBackend(FunctionalBackend):
         self.is_dead = array_type.is_deleted
         self.wait_one = array_type.block_until_ready
         self.donated_address = array_type.unsafe_buffer_pointer
-        self.trace_state_clean = _probe_trace_state()
+        self.trace_state_clean = probe_trace_state()
 
     # --- what there is
 
@@ -118,7 +118,7 @@ class JaxBackend(FunctionalBackend):
 
     def facts(self, array: Any) -> ArrayFacts:
         """Describe an array; waits until it is computed, where its address needs that."""
-        obstacle = _jax_obstacle(array)
+        obstacle = jax_obstacle(array)
         shape = tuple(array.shape)
         if obstacle is not None:
             return ArrayFacts(0, shape, (), np.dtype(bool), _CPU, obstacle=obstacle)
@@ -130,7 +130,7 @@ class JaxBackend(FunctionalBackend):
         return ArrayFacts(
             self.address(array) if array.size else 0,
             shape,
-            _strides(array, dtype.itemsize),
+            strides_of(array, dtype.itemsize),
             dtype,
             self.device_of(array),
             immutable=True,
@@ -243,7 +243,7 @@ class JaxBackend(FunctionalBackend):
             return Obstacle(
                 "device", f"it lives on {facts.device}", "copy it to the host first", False
             )
-        if not _is_dense(facts):
+        if not is_dense(facts):
             return Obstacle(
                 "strides",
                 f"its strides {facts.strides} leave gaps or repeat, and JAX arrays are compact",
@@ -461,78 +461,3 @@ def _numpy_of_array(array: Any) -> np.ndarray[Any, Any] | None:
     ):
         return view
     return None
-
-
-def _probe_trace_state() -> Callable[[], bool]:
-    try:
-        from jax._src.core import trace_state_clean
-
-        inside: list[bool] = []
-        jax.eval_shape(lambda: inside.append(trace_state_clean()))
-        if trace_state_clean() and inside == [False]:
-            return trace_state_clean
-    except (ImportError, TypeError):
-        pass
-    return slow_trace_state_clean
-
-
-def slow_trace_state_clean() -> bool:
-    """Tell by public means, in microseconds, that no trace is on: a constant is concrete."""
-    return not isinstance(jnp.zeros(()), jax.core.Tracer)
-
-
-def _jax_obstacle(array: Any) -> Obstacle | None:
-    if isinstance(array, jax.core.Tracer):
-        return Obstacle(
-            "trace",
-            "it is a traced value inside a JAX transformation and has no memory",
-            "exchange outside the traced function, or use jax.pure_callback inside",
-            copyable=False,
-        )
-    if array.is_deleted():
-        return Obstacle(
-            "trace", "it was deleted or donated", "use the result it was donated to", False
-        )
-    if len(array.devices()) != 1:
-        return Obstacle(
-            "device",
-            f"it is sharded over {len(array.devices())} devices",
-            "exchange its addressable_shards one by one",
-            copyable=False,
-        )
-    if jnp.issubdtype(array.dtype, jax.dtypes.extended):
-        return Obstacle(
-            "dtype",
-            f"its dtype is {array.dtype}, which only JAX has",
-            "use jax.random.key_data for keys",
-            copyable=False,
-        )
-    return None
-
-
-def _strides(array: Any, itemsize: int) -> tuple[int, ...]:
-    """Give byte strides; an imported array may keep a transposed layout."""
-    layout = getattr(getattr(array, "format", None), "layout", None)
-    order = getattr(layout, "major_to_minor", None)
-    if order is None or list(order) == sorted(order):
-        return row_major_strides(array.shape, itemsize)
-    strides = [0] * array.ndim
-    step = itemsize
-    for axis in reversed(order):
-        strides[axis] = step
-        step *= max(array.shape[axis], 1)
-    return tuple(strides)
-
-
-def _is_dense(facts: ArrayFacts) -> bool:
-    """Tell whether the elements fill their memory without gaps, in any order of the axes."""
-    step = facts.dtype.itemsize
-    if 0 in facts.shape:
-        return True
-    for stride, n in sorted(zip(facts.strides, facts.shape, strict=True)):
-        if n == 1:
-            continue
-        if stride != step:
-            return False
-        step *= n
-    return True

@@ -9,10 +9,21 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import array_api_compat.torch
 import numpy as np
 import torch
-from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from rlx_driver.backends._cuda_order import CudaOrder
 from rlx_driver.backends._numpy_pointer import pointer
+from rlx_driver.backends._torch_tensors import (
+    CARRIER,
+    EVERYDAY,
+    TO_NUMPY,
+    TO_TORCH,
+    capsule_of_tensor,
+    is_wrapped,
+    numpy_of_tensor,
+    tensor_of_jax,
+    tensor_of_numpy,
+    torch_obstacle,
+)
 from rlx_driver.backends.base import (
     ALIGNMENT,
     ArrayFacts,
@@ -24,7 +35,7 @@ from rlx_driver.backends.base import (
     row_major_strides,
 )
 from rlx_driver.device import Device, MemoryInfo
-from rlx_driver.dtypes import TABLE, info
+from rlx_driver.dtypes import info
 from rlx_driver.errors import OutOfDeviceMemory, UnknownFrameworkError, ZeroCopyError
 from rlx_driver.registry import registry
 
@@ -38,26 +49,6 @@ _CPU = Device("cpu")
 _GPU_KIND = "rocm" if torch.version.hip else "cuda"
 _KIND = {"cpu": "cpu", "cuda": _GPU_KIND, "mps": "metal"}
 _TYPE = {"cpu": "cpu", "cuda": "cuda", "rocm": "cuda", "metal": "mps"}
-
-# NumPy dtype -> torch dtype, for what torch has; and back.
-_TO_TORCH: dict[np.dtype[Any], torch.dtype] = {
-    row.dtype: getattr(torch, row.torch)
-    for row in TABLE.values()
-    if row.torch is not None and row.dlpack is not None and hasattr(torch, row.torch)
-}
-_TO_NUMPY = {theirs: ours for ours, theirs in _TO_TORCH.items()}
-# What NumPy itself exports, and for the rest the unsigned integer of the same width.
-_EVERYDAY = {row.dtype: _TO_TORCH[row.dtype] for row in TABLE.values() if row.numpy_exports}
-_CARRIER: dict[int, tuple[np.dtype[Any], torch.dtype]] = {
-    1: (np.dtype(np.uint8), torch.uint8),
-    2: (np.dtype(np.uint16), torch.uint16),
-}
-
-_NO_DISPATCH = getattr(torch.Tensor, "__torch_dispatch__", None)
-
-# Private, so probed: without it, a view made inside a transform cannot be told and none is kept.
-_is_wrapped = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None)
-
 
 _private_increment = getattr(torch._C, "_increment_version", None)
 
@@ -114,13 +105,13 @@ class TorchBackend(Backend):
 
     def facts(self, array: torch.Tensor) -> ArrayFacts:
         """Describe a tensor; a tensor without memory of its own gets an obstacle."""
-        obstacle = _torch_obstacle(array)
+        obstacle = torch_obstacle(array)
         if obstacle is not None and not obstacle.copyable:
             # There may be no memory to ask for, and nobody will.
             shape = () if array.is_nested else tuple(array.shape)
             place = _CPU if array.device.type == "meta" else self.device_of(array)
             return ArrayFacts(0, shape, (0,) * len(shape), np.dtype(bool), place, obstacle=obstacle)
-        dtype = _TO_NUMPY.get(array.dtype)
+        dtype = TO_NUMPY.get(array.dtype)
         if dtype is None:
             text = f"its dtype is {array.dtype}, which other frameworks do not have or misread"
             obstacle = Obstacle("dtype", text, "convert it with .to(dtype) first", False)
@@ -166,7 +157,7 @@ class TorchBackend(Backend):
     ) -> torch.Tensor:
         """Make a typed view at a byte offset."""
         count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        typed = memory[byte_offset : byte_offset + count].view(_TO_TORCH[np.dtype(dtype)])
+        typed = memory[byte_offset : byte_offset + count].view(TO_TORCH[np.dtype(dtype)])
         return typed.reshape(shape)
 
     def copy_in(self, destination: torch.Tensor, source: np.ndarray[Any, Any]) -> None:
@@ -186,7 +177,7 @@ class TorchBackend(Backend):
 
     def obstacle(self, facts: ArrayFacts) -> Obstacle | None:
         """Torch needs a dtype it has, strides it can say, and memory it may write."""
-        if facts.dtype not in _TO_TORCH:
+        if facts.dtype not in TO_TORCH:
             return Obstacle(
                 "dtype",
                 f"torch has no {info(facts.dtype).name}",
@@ -231,40 +222,40 @@ class TorchBackend(Backend):
         """Import memory of any framework; a tensor made in inference mode is a normal one."""
         with _normal_mode():
             if isinstance(array, np.ndarray):
-                theirs = _TO_TORCH[facts.dtype]
+                theirs = TO_TORCH[facts.dtype]
                 plain = row_major_strides(facts.shape, facts.dtype.itemsize)
                 if facts.is_row_major and facts.strides != plain:
                     # Axes of one element may have any stride in NumPy, which torch refuses.
                     array = np.lib.stride_tricks.as_strided(array, facts.shape, plain)
-                if facts.dtype in _EVERYDAY:
+                if facts.dtype in EVERYDAY:
                     return torch.from_numpy(array)
-                carrier = _CARRIER[facts.dtype.itemsize][0]
+                carrier = CARRIER[facts.dtype.itemsize][0]
                 return torch.from_numpy(array.view(carrier)).view(theirs)
             return torch.from_dlpack(array)
 
     def lane_from(self, source: str) -> Callable[[Any], Any] | None:
         """Give the fast way in for compact, writable NumPy arrays and for host arrays of JAX."""
         if source == "numpy":
-            return _tensor_of_numpy
+            return tensor_of_numpy
         if source == "jax":
             export = registry.get("jax").fast_export()  # type: ignore[attr-defined]
-            return None if export is None else functools.partial(_tensor_of_jax, export)
+            return None if export is None else functools.partial(tensor_of_jax, export)
         return None
 
     def lane_to(self, target: str) -> Callable[[Any], Any] | None:
         """Give the fast way out to NumPy for compact host tensors."""
-        return _numpy_of_tensor if target == "numpy" else None
+        return numpy_of_tensor if target == "numpy" else None
 
     def fast_export(self) -> Callable[[Any], Any]:
         """Give the fast exporter of everyday host tensors: (capsule, address, dtype), or None."""
-        return _capsule_of_tensor
+        return capsule_of_tensor
 
     def numpy_of(self, tensor: torch.Tensor) -> np.ndarray[Any, Any]:
         """Give a host tensor as NumPy sees it, narrow floats included."""
-        dtype = _TO_NUMPY[tensor.dtype]
-        if dtype in _EVERYDAY:
+        dtype = TO_NUMPY[tensor.dtype]
+        if dtype in EVERYDAY:
             return tensor.numpy()
-        return tensor.view(_CARRIER[dtype.itemsize][1]).numpy().view(dtype)
+        return tensor.view(CARRIER[dtype.itemsize][1]).numpy().view(dtype)
 
     def duplicate(self, array: torch.Tensor) -> torch.Tensor:
         """Copy a tensor into new compact memory on its device, on the current stream."""
@@ -274,11 +265,11 @@ class TorchBackend(Backend):
 
     def is_concrete(self, view: torch.Tensor) -> bool:
         """Tell whether a view is a plain tensor: no fake one, none of a transform."""
-        return type(view) is torch.Tensor and not (_is_wrapped is not None and _is_wrapped(view))
+        return type(view) is torch.Tensor and not is_wrapped(view)
 
     def may_cache(self, view: torch.Tensor) -> bool:
         """Tell whether a view is known to be plain, and was not made for inference alone."""
-        return _is_wrapped is not None and self.is_concrete(view) and not view.is_inference()
+        return self.is_concrete(view) and is_wrapped(view) is False and not view.is_inference()
 
     def is_pristine(self, view: torch.Tensor) -> bool:
         """Tell whether a cached view takes no part in autograd."""
@@ -299,7 +290,7 @@ class TorchBackend(Backend):
         self, view: torch.Tensor, dtype: np.dtype[Any], shape: tuple[int, ...]
     ) -> torch.Tensor:
         """See the bytes as another dtype and shape."""
-        return view.reshape(-1).view(_TO_TORCH[dtype]).view(shape)
+        return view.reshape(-1).view(TO_TORCH[dtype]).view(shape)
 
     def exporting(self, device: Device) -> AbstractContextManager[Any]:
         """Make a GPU the current one: torch exports from no other."""
@@ -344,109 +335,6 @@ class TorchBackend(Backend):
             torch.mps.synchronize()
         else:
             stream.synchronize()
-
-
-def _torch_obstacle(array: torch.Tensor) -> Obstacle | None:
-    if array.is_nested:
-        return Obstacle("protocol", "it is nested", "pad it with .to_padded_tensor() first", False)
-    if array.requires_grad:
-        return Obstacle(
-            "requires_grad",
-            "it requires grad, and no other framework continues torch's graph",
-            "say .detach() first",
-            copyable=False,
-        )
-    # A subclass that only adds methods keeps torch's disabled dispatch; a wrapper defines its own.
-    dispatch = getattr(type(array), "__torch_dispatch__", None)
-    plain = dispatch is None or dispatch is _NO_DISPATCH
-    wrapped = _is_wrapped is not None and _is_wrapped(array)
-    if not plain or wrapped or array.device.type == "meta":
-        return Obstacle(
-            "trace",
-            f"it is a {type(array).__qualname__} without memory of its own (a fake, meta or "
-            "traced tensor, or a wrapper subclass)",
-            "exchange real tensors outside the mode or transform",
-            copyable=False,
-        )
-    if array.layout is not torch.strided:
-        return Obstacle(
-            "protocol", f"its layout is {array.layout}", "convert it with .to_dense()", False
-        )
-    if array.is_conj():
-        return Obstacle("conj", "its conjugate bit is set", "copy it, or .resolve_conj() first")
-    if array.is_neg():
-        return Obstacle("neg", "its negative bit is set", "copy it, or .resolve_neg() first")
-    return None
-
-
-def _tensor_of_numpy(array: np.ndarray[Any, Any]) -> torch.Tensor | None:
-    theirs = _EVERYDAY.get(array.dtype)
-    if theirs is None or not array.flags.carray or type(array) is not np.ndarray:
-        return None
-    if torch.is_inference_mode_enabled():  # the general way leaves it, so that this is a normal one
-        return None
-    tensor = torch.from_numpy(array)
-    if (
-        type(tensor) is torch.Tensor
-        and tensor.data_ptr() == pointer(array)
-        and tensor.dtype is theirs
-        and tensor.shape == array.shape
-        and tensor.is_contiguous()
-    ):
-        return tensor
-    return None
-
-
-def _tensor_of_jax(export: Callable[[Any], Any], array: Any) -> torch.Tensor | None:
-    theirs = _TO_TORCH.get(array.dtype)
-    if theirs is None or array.is_deleted() or torch.is_inference_mode_enabled():
-        return None
-    capsule = export(array)
-    if capsule is None:
-        return None
-    tensor = from_dlpack(capsule)
-    if (
-        tensor.data_ptr() == array.unsafe_buffer_pointer()
-        and tensor.dtype is theirs
-        and tensor.shape == array.shape
-        and tensor.is_contiguous()
-    ):
-        return tensor
-    return None
-
-
-def _capsule_of_tensor(tensor: torch.Tensor) -> tuple[Any, int, np.dtype[Any]] | None:
-    dtype = _TO_NUMPY.get(tensor.dtype)
-    if (
-        dtype is None
-        or type(tensor) is not torch.Tensor
-        or tensor.requires_grad
-        or tensor.layout is not torch.strided
-        or tensor.is_nested
-        or tensor.device.type != "cpu"
-        or not tensor.is_contiguous()
-        or tensor.is_neg()
-        or tensor.is_conj()
-        or (_is_wrapped is None or _is_wrapped(tensor))
-    ):
-        return None
-    return to_dlpack(tensor), tensor.data_ptr(), dtype
-
-
-def _numpy_of_tensor(tensor: torch.Tensor) -> np.ndarray[Any, Any] | None:
-    dtype = _TO_NUMPY.get(tensor.dtype)
-    if dtype not in _EVERYDAY or type(tensor) is not torch.Tensor or tensor.requires_grad:
-        return None
-    view = tensor.numpy()  # raises for conj and neg bits and for GPUs: the general way says why
-    if (
-        pointer(view) == tensor.data_ptr()
-        and view.dtype == dtype
-        and view.shape == tensor.shape
-        and view.flags.carray
-        and tensor.is_contiguous()
-    ):
-        return view
-    return None
 
 
 def _normal_mode() -> AbstractContextManager[Any]:

@@ -1,0 +1,90 @@
+"""JAX arrays in the driver's terms, and whether a trace is on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from rlx_driver.backends.base import ArrayFacts, Obstacle, row_major_strides
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["is_dense", "jax_obstacle", "probe_trace_state", "slow_trace_state_clean", "strides_of"]
+
+
+def probe_trace_state() -> Callable[[], bool]:
+    try:
+        from jax._src.core import trace_state_clean
+
+        inside: list[bool] = []
+        jax.eval_shape(lambda: inside.append(trace_state_clean()))
+        if trace_state_clean() and inside == [False]:
+            return trace_state_clean
+    except (ImportError, TypeError):
+        pass
+    return slow_trace_state_clean
+
+
+def slow_trace_state_clean() -> bool:
+    """Tell by public means, in microseconds, that no trace is on: a constant is concrete."""
+    return not isinstance(jnp.zeros(()), jax.core.Tracer)
+
+
+def jax_obstacle(array: Any) -> Obstacle | None:
+    if isinstance(array, jax.core.Tracer):
+        return Obstacle(
+            "trace",
+            "it is a traced value inside a JAX transformation and has no memory",
+            "exchange outside the traced function, or use jax.pure_callback inside",
+            copyable=False,
+        )
+    if array.is_deleted():
+        return Obstacle(
+            "trace", "it was deleted or donated", "use the result it was donated to", False
+        )
+    if len(array.devices()) != 1:
+        return Obstacle(
+            "device",
+            f"it is sharded over {len(array.devices())} devices",
+            "exchange its addressable_shards one by one",
+            copyable=False,
+        )
+    if jnp.issubdtype(array.dtype, jax.dtypes.extended):
+        return Obstacle(
+            "dtype",
+            f"its dtype is {array.dtype}, which only JAX has",
+            "use jax.random.key_data for keys",
+            copyable=False,
+        )
+    return None
+
+
+def strides_of(array: Any, itemsize: int) -> tuple[int, ...]:
+    """Give byte strides; an imported array may keep a transposed layout."""
+    layout = getattr(getattr(array, "format", None), "layout", None)
+    order = getattr(layout, "major_to_minor", None)
+    if order is None or list(order) == sorted(order):
+        return row_major_strides(array.shape, itemsize)
+    strides = [0] * array.ndim
+    step = itemsize
+    for axis in reversed(order):
+        strides[axis] = step
+        step *= max(array.shape[axis], 1)
+    return tuple(strides)
+
+
+def is_dense(facts: ArrayFacts) -> bool:
+    """Tell whether the elements fill their memory without gaps, in any order of the axes."""
+    step = facts.dtype.itemsize
+    if 0 in facts.shape:
+        return True
+    for stride, n in sorted(zip(facts.strides, facts.shape, strict=True)):
+        if n == 1:
+            continue
+        if stride != step:
+            return False
+        step *= n
+    return True
