@@ -159,13 +159,12 @@ def explain(x: Any, framework: str | ModuleType) -> Explanation:
     """
     target = resolve(framework)
     source = registry.for_array(x)
-    native = getattr(x, "__rlx_native__", None)
-    if native is not None:
+    describe = getattr(x, "__rlx_facts__", None)
+    if describe is not None:
+        facts = describe()
         obstacle = _obstacle_of_buffer(x, target)
-        x = native()
-        source = registry.for_array(x)
-    facts = facts_of(x)
-    if native is None:
+    else:
+        facts = facts_of(x)
         obstacle = None if source is target else obstacle_to(facts, target)
     kind = type(x).__name__ if source is None else f"{source.name} array"
     found = f"{facts.dtype.name} {kind} of shape {facts.shape} on {facts.device}"
@@ -217,10 +216,10 @@ def _exchange(
 
 
 def _obstacle_of_buffer(buffer: Any, target: Backend | ModuleType) -> Obstacle | None:
-    native = buffer.__rlx_native__()
-    facts = buffer.device.backend.facts(native)
+    facts: ArrayFacts = buffer.__rlx_facts__()
     if isinstance(target, FunctionalBackend):
-        return facts.obstacle or target.lease_obstacle(facts)
+        # Memory that the framework owns is no lease of anybody's.
+        return None if target is buffer.device.backend else target.lease_obstacle(facts)
     return None if target is buffer.device.backend else obstacle_to(facts, target)
 
 

@@ -132,8 +132,13 @@ class ViewsMixin:
         return self.array(framework)
 
     def __rlx_native__(self) -> Any:
-        """Give the native array for inspection, without ordering; what `explain` calls."""
+        """Give the native array, without ordering; what transfers call."""
         return self._native
+
+    def __rlx_facts__(self) -> ArrayFacts:
+        """Describe the memory; what `explain` calls."""
+        self._materialise()
+        return self._facts
 
     def _mutable_view(self, target: Backend | ModuleType, *, in_scope: bool = False) -> Any:
         access = self._access

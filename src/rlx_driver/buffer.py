@@ -10,10 +10,12 @@ from rlx_driver import dtypes
 from rlx_driver._exchange import exchange
 from rlx_driver._ledger import ledger
 from rlx_driver._locks import acquire, release
+from rlx_driver._owned import make_owned
 from rlx_driver._slices import SlicesMixin, byte_size, shape_of
 from rlx_driver._update import UpdateMixin
 from rlx_driver._views import ViewsMixin
 from rlx_driver.access import Access, Lease
+from rlx_driver.backends.base import FunctionalBackend
 from rlx_driver.device import Device
 from rlx_driver.errors import ShapeError, ZeroCopyError
 from rlx_driver.interop import InteropMixin
@@ -110,6 +112,12 @@ class Buffer(ViewsMixin, UpdateMixin, SlicesMixin, TransferMixin, InteropMixin):
         self._setup(native, backend, Access(label, backend.order(facts.device)))
         return self
 
+    def _adopt_lease(self, lease: Lease) -> None:
+        """Take the lease of memory that a functional framework owns for the one of this Buffer."""
+        name, facts = lease.backend.name, self._facts
+        key = (name, facts.address, facts.shape, facts.strides, facts.dtype)
+        self._access.leases[key] = self._leases[name] = lease
+
     def _derived(self, derivation: Callable[[Backend, Any], Any]) -> Buffer:
         """Make a Buffer on part of these bytes, by what the native framework does to a view."""
         self._access.require_open()
@@ -152,8 +160,15 @@ class Buffer(ViewsMixin, UpdateMixin, SlicesMixin, TransferMixin, InteropMixin):
             It has not that much memory.
         """
         shape, dt = shape_of(shape), dtypes.info(dtype).dtype
-        backend = Device(device).backend
-        memory = backend.allocate(Device(device), byte_size(shape, dt))
+        place = Device(device)
+        backend = place.backend
+        if isinstance(backend, FunctionalBackend):
+            native, native_backend, owner = make_owned(backend, place, shape, dt)
+            self = cls._adopt(native, native_backend)
+            self._access.owner = owner
+            self._adopt_lease(owner.lease)
+            return self
+        memory = backend.allocate(place, byte_size(shape, dt))
         return cls._adopt(backend.view(memory, 0, shape, dt), backend)
 
     @classmethod

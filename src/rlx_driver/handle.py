@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlx_driver import dtypes
+from rlx_driver._owned import Owner, make_owned
 from rlx_driver._slices import shape_of
 from rlx_driver.access import Access
-from rlx_driver.backends.base import ALIGNMENT, Backend, FunctionalBackend, accounting
+from rlx_driver.backends.base import ALIGNMENT, Backend, FunctionalBackend
 from rlx_driver.buffer import Buffer
 from rlx_driver.device import Device
 from rlx_driver.errors import (
@@ -162,13 +163,15 @@ class BufferHandle(Buffer):
             if self._native is None:
                 self._region._fill(self)
 
-    def _live(self, native: Any, backend: Backend, owner: Any = None) -> None:
+    def _live(self, native: Any, backend: Backend, owner: Owner | None = None) -> None:
         """Take the memory that the region gives."""
         access = self._access
         access.order = backend.order(self._device)
         access.synchronous = access.order.synchronous
         access.owner = owner
         self._setup(native, backend, access)
+        if owner is not None:
+            self._adopt_lease(owner.lease)
         access.refresh()
 
     def __repr__(self) -> str:
@@ -345,7 +348,7 @@ class HandleRegion:
         backend = self.backend
         shape, dt = handle.shape, handle.dtype
         if isinstance(backend, FunctionalBackend):
-            _fill_owned(handle, backend, self._device)
+            handle._live(*make_owned(backend, self._device, shape, dt))
             return
         if handle._slot is None:
             size = dt.itemsize * int(np.prod(shape, dtype=np.int64))
@@ -354,36 +357,6 @@ class HandleRegion:
             memory, offset = handle._slot
             handle._slot = None
         handle._live(backend.view(memory, offset, shape, dt), backend)
-
-
-class _Owned:
-    """Keeps memory of a functional framework alive: the newest array of the chain of donations."""
-
-    def __init__(self, lease: Any) -> None:
-        self.lease = lease
-        self.remains: Any = None  # a failed result that still holds the memory
-
-
-def _fill_owned(handle: BufferHandle, backend: FunctionalBackend, device: Device) -> None:
-    array = backend.owned(device, handle.shape, handle.dtype)
-    native_backend = backend if not device.is_host else registry.get("numpy")
-    if native_backend is backend:
-        raise DeviceUnavailableError(
-            f"memory that {backend.name} owns on {device} has no view by address here"
-        )
-    from rlx_driver.access import Lease
-    from rlx_driver.backends.numpy import array_at
-
-    address = backend.address(array) if handle.num_elements else 0
-    lease = Lease(backend, address, handle.shape)
-    lease.array = array
-    owner = _Owned(lease)
-    accounting.add(device, handle.byte_size, owner)
-    native = array_at(address, handle.shape, handle.dtype, owner)
-    handle._live(native, native_backend, owner)
-    facts = handle._facts
-    key = (backend.name, facts.address, facts.shape, facts.strides, facts.dtype)
-    handle._access.leases[key] = handle._leases[backend.name] = lease
 
 
 def _foreign(backend: Backend) -> Backend:

@@ -285,6 +285,8 @@ class _Value:
                     if buffer.device.is_host
                     else (exchange(source.duplicate(self.x), buffer._backend.name, copy=None))
                 )
+        if source is buffer.device.backend and not buffer.device.is_host:
+            return self.x
         if buffer.device.is_host or (source is not None and not source.device_of(self.x).is_host):
             return exchange(self.x, buffer._backend.name, copy=None)
         return exchange(self.x, "numpy", copy=None)  # the backend's own way in from the host

@@ -1,0 +1,49 @@
+"""Making memory that a functional framework owns, and what keeps it alive."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rlx_driver.access import Lease
+from rlx_driver.backends.base import ArrayFacts, accounting, row_major_strides
+from rlx_driver.registry import registry
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from rlx_driver.backends.base import Backend, FunctionalBackend
+    from rlx_driver.device import Device
+
+__all__ = ["Owner", "make_owned"]
+
+
+class Owner:
+    """Keeps memory of a functional framework alive: the newest array of the chain of donations."""
+
+    def __init__(self, lease: Lease) -> None:
+        self.lease = lease
+        self.remains: Any = None  # a failed result that still holds the memory
+
+
+def make_owned(
+    backend: FunctionalBackend, device: Device, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> tuple[Any, Backend, Owner]:
+    """Allocate zero bytes that a framework owns: the native array, its backend, and the owner.
+
+    On the host the native array is a NumPy view by address, which keeps the owner alive. Elsewhere
+    only the framework reaches the memory.
+    """
+    array = backend.owned(device, shape, dtype)
+    lease = Lease(backend, backend.address(array) if array.size else 0, shape)
+    lease.array = array
+    owner = Owner(lease)
+    accounting.add(device, array.nbytes, owner)
+    if device.is_host:
+        from rlx_driver.backends.numpy import array_at
+
+        return array_at(lease.address, shape, dtype, owner), registry.get("numpy"), owner
+    from rlx_driver.backends.owned import OwnedArray, OwnedMemory
+
+    strides = row_major_strides(shape, dtype.itemsize)
+    facts = ArrayFacts(lease.address, shape, strides, dtype, device)
+    return OwnedArray(lease, facts), OwnedMemory(backend), owner
