@@ -655,12 +655,11 @@ def test_empty_tensors_have_no_address_and_are_exchanged_all_the_same():
 def lying(monkeypatch, target):
     """Make every importer of a framework copy without a word."""
     if target == "torch":
-        for module in (torch, torch.utils.dlpack, sys.modules["rlx_driver.backends.torch"]):
-            if hasattr(module, "from_dlpack"):
-                real = module.from_dlpack
-                monkeypatch.setattr(
-                    module, "from_dlpack", lambda *a, f=real, **k: f(*a, **k).clone()
-                )
+        real = torch.from_dlpack
+        holders = [m for name, m in sys.modules.items() if name.startswith(("torch", "rlx_driver"))]
+        for module in holders:
+            if vars(module).get("from_dlpack") is real:
+                monkeypatch.setattr(module, "from_dlpack", lambda *a, **k: real(*a, **k).clone())
         real_numpy = torch.from_numpy
         monkeypatch.setattr(torch, "from_numpy", lambda x: real_numpy(x).clone())
         return

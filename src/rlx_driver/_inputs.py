@@ -31,6 +31,10 @@ class Inputs:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], static: int | tuple[int, ...]
     ) -> None:
         self.static = static if isinstance(static, tuple) else (static,)
+        self._none = not args and not kwargs
+        self._buffers: list[Any] = []
+        if self._none:
+            return
         self._fixed = {i: value for i, value in enumerate(args) if i + 1 in self.static}
         free = tuple(None if i in self._fixed else value for i, value in enumerate(args))
         flatten, self._unflatten = _pytree.functions()
@@ -58,6 +62,8 @@ class Inputs:
 
     def for_framework(self, target: Backend) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Give the arguments to call with, inside the accesses that `reads` named."""
+        if self._none:
+            return (), {}
         plain = target.plain_arguments
         leaves = [
             leaf if type(leaf) in plain else self._safe(leaf, target) for leaf in self._leaves

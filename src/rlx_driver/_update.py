@@ -13,7 +13,7 @@ from rlx_driver._ledger import ledger
 from rlx_driver._locks import acquire, release
 from rlx_driver._mutable import Structure, require_backend, update_mutable
 from rlx_driver._sharing import resolve, share_verified
-from rlx_driver.access import Access, Lease, fence, uncommitted, written
+from rlx_driver.access import Access, Lease, fence, tell, uncommitted
 from rlx_driver.backends.base import FunctionalBackend
 
 if TYPE_CHECKING:
@@ -180,13 +180,16 @@ def update_many(
     treedef = None if structure is None else structure.treedef
     program = target.compiled_step(step, treedef, has_aux, inputs.static)
     accesses = [buffer._access for buffer in buffers]
-    taken = list(dict.fromkeys(accesses))
+    taken = accesses if len(set(accesses)) == len(accesses) else list(dict.fromkeys(accesses))
     reads = inputs.reads(taken)
     acquire(taken, reads)
     try:
         olds = [
             lease.array
-            if _is_ready(access, lease)
+            if not access.handed  # nobody reads, nothing else is pending
+            and (access.pending is lease or access.pending is None)
+            and access.synchronous
+            and lease.array is not None
             else _ready_lease(buffer, access, lease, target, leases)
             for buffer, access, lease in zip(buffers, accesses, leases, strict=True)
         ]
@@ -206,13 +209,18 @@ def update_many(
         if all(map(target.is_dead, olds)) and list(map(target.donated_address, news)) == [
             lease.address for lease in leases
         ]:
+            marked: list[Access] = []
             for access, lease, new in zip(accesses, leases, news, strict=True):
                 lease.array = new
                 lease.handed = None
                 access.pending = lease
+                access.epoch += 1
                 if access.handed:
                     access.handed.clear()
-            written(taken)
+                if access.marks:
+                    marked.append(access)
+            if marked:
+                tell(marked)
         else:
             aux = land_elsewhere(buffers, leases, olds, news, aux)
         if ordered:
@@ -240,16 +248,6 @@ def _remembered_program(
     lease.static = static
     lease.program = program
     return program
-
-
-def _is_ready(access: Access, lease: Lease) -> bool:
-    """Tell whether a lease can be donated as it is: nobody reads, nothing else is pending."""
-    return (
-        not access.handed
-        and (access.pending is lease or access.pending is None)
-        and access.synchronous
-        and lease.array is not None
-    )
 
 
 def _ready_lease(

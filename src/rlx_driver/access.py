@@ -37,6 +37,7 @@ __all__ = [
     "fence",
     "foreign_thread",
     "own_scope",
+    "tell",
     "uncommitted",
     "written",
 ]
@@ -239,11 +240,17 @@ class Access:
         written((self,))
 
 
-def written(accesses: Iterable[Access]) -> None:
+def written(accesses: Sequence[Access]) -> None:
     """Note a write to several: new epochs, and each framework is told once."""
-    told: dict[Callable[[list[Any]], None], list[Any]] = {}
     for access in accesses:
         access.epoch += 1
+    tell([access for access in accesses if access.marks])
+
+
+def tell(accesses: Iterable[Access]) -> None:
+    """Tell the frameworks that keep track of writes, each once."""
+    told: dict[Callable[[list[Any]], None], list[Any]] = {}
+    for access in accesses:
         for mark, views in access.marks:
             if mark in told:
                 told[mark] += views

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from typing import TYPE_CHECKING, Any
 
 from rlx_driver import _pytree
@@ -19,6 +20,8 @@ from rlx_driver.transfer import commit_all
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import ModuleType
+
+_access_of = operator.attrgetter("_access")
 
 __all__ = ["commit", "read", "update", "views", "write"]
 
@@ -169,14 +172,14 @@ def _flattened(tree: Any) -> tuple[Sequence[Buffer], Any, Any]:
 
 
 def _checked(leaves: list[Any]) -> list[Buffer]:
-    for leaf in leaves:
-        if not isinstance(leaf, Buffer):
+    for kind in set(map(type, leaves)):
+        if not issubclass(kind, Buffer):
             raise DTypeError(
-                f"a tree of buffers has Buffers and BufferHandles as its leaves; found "
-                f"{type(leaf).__qualname__}"
+                "a tree of buffers has Buffers and BufferHandles as its leaves; found "
+                f"{kind.__qualname__}"
             )
     buffers: list[Buffer] = leaves
-    if len({id(buffer._access) for buffer in buffers}) != len(buffers):
+    if len(set(map(_access_of, buffers))) != len(buffers):
         _require_disjoint(buffers)
     return buffers
 
