@@ -33,7 +33,7 @@ lint: $(VENV)/.for-lint ## ruff check, ruff format --check, mypy --strict
 	$(BIN)/mypy
 
 bench: $(VENV)/.for-bench ## Measure; results land in benchmarks/results
-	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
 
 docs: $(VENV)/.for-docs ## Build the documentation into build/site
 	$(BIN)/python -m mkdocs build --strict --quiet
