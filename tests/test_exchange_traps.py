@@ -507,6 +507,23 @@ def test_dtypes_of_numpy_alone_are_refused(x, says, target, copy):
     assert says in refusal(x, target, copy)
 
 
+@pytest.mark.parametrize("target", frameworks("torch", "jax"))
+@pytest.mark.parametrize("mode", ["r", "r+", "c"])
+def test_mapped_files_are_shared_and_never_written_when_read_only(tmp_path, target, mode):
+    path = tmp_path / "array.bin"
+    make("numpy").tofile(path)
+    before = path.read_bytes()
+    x = np.memmap(path, np.float32, mode)
+    shares = mode != "r" or target == "jax"
+    for y in each_way(x, target, None):
+        assert read_bytes(y) == before
+        assert (address(y) == address(x)) is shares
+        if target == "torch":
+            y.fill_(1)
+            assert (path.read_bytes() == before) is (mode != "r+")
+            y.copy_(torch.frombuffer(bytearray(before), dtype=torch.float32))
+
+
 @pytest.mark.parametrize("copy", COPIES)
 @pytest.mark.parametrize("target", ["torch", "jax", "module"])
 def test_masks_are_not_lost(target, copy):

@@ -23,6 +23,7 @@ _IN_PLACE = (
 
 
 def inside_trace(buffers: Sequence[Buffer]) -> StaleViewError:
+    """Give the error for an update inside a trace."""
     label = buffers[0]._access.label if buffers else "a tree"
     return StaleViewError(
         f"update of {label} was called inside a trace, where nothing can be changed in place: call "
@@ -31,7 +32,7 @@ def inside_trace(buffers: Sequence[Buffer]) -> StaleViewError:
 
 
 def landed(access: Access, lease: Lease, new: Any) -> None:
-    """Note that a donated result lies where it should."""
+    """Note that a donated result lies where it should; `Buffer.update` spells this out."""
     lease.array = new
     lease.handed = None
     if access.handed:

@@ -34,7 +34,7 @@ def make_owned(
     only the framework reaches the memory.
     """
     array = backend.owned(device, shape, dtype)
-    lease = Lease(backend, backend.address(array) if array.size else 0, shape)
+    lease = Lease(backend, backend.address(array) if array.size else 0)
     lease.array = array
     owner = Owner(lease)
     accounting.add(device, array.nbytes, owner)

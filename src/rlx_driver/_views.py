@@ -267,7 +267,7 @@ class ViewsMixin:
             key = (backend.name, facts.address, facts.shape, facts.strides, facts.dtype)
             lease = self._access.leases.get(key)
             if lease is None:
-                lease = Lease(backend, facts.address, facts.shape)
+                lease = Lease(backend, facts.address)
                 self._access.leases[key] = lease
             self._leases[backend.name] = lease
         return lease

@@ -63,16 +63,14 @@ class Lease:
         "is_dead",
         "plain",
         "program",
-        "shape",
         "static",
         "step",
         "wait_one",
     )
 
-    def __init__(self, backend: FunctionalBackend, address: int, shape: tuple[int, ...]) -> None:
+    def __init__(self, backend: FunctionalBackend, address: int) -> None:
         self.backend = backend
         self.address = address
-        self.shape = shape
         self.array: Any = None
         self.handed: Any = None
         # Kept here for the hot path of `Buffer.jax`.

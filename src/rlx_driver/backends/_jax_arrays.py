@@ -16,6 +16,7 @@ __all__ = ["is_dense", "jax_obstacle", "probe_trace_state", "slow_trace_state_cl
 
 
 def probe_trace_state() -> Callable[[], bool]:
+    """Choose between the private function that tells in 100 ns and the public way."""
     try:
         from jax._src.core import trace_state_clean
 
@@ -34,6 +35,7 @@ def slow_trace_state_clean() -> bool:
 
 
 def jax_obstacle(array: Any) -> Obstacle | None:
+    """Say why JAX cannot hand an array out as it is, if so."""
     if isinstance(array, jax.core.Tracer):
         return Obstacle(
             "trace",

@@ -54,6 +54,7 @@ def is_wrapped(tensor: torch.Tensor) -> bool | None:
 
 
 def torch_obstacle(array: torch.Tensor) -> Obstacle | None:
+    """Say why torch cannot hand a tensor out as it is, if so."""
     if array.is_nested:
         return Obstacle("protocol", "it is nested", "pad it with .to_padded_tensor() first", False)
     if array.requires_grad:
@@ -87,6 +88,7 @@ def torch_obstacle(array: torch.Tensor) -> Obstacle | None:
 
 
 def tensor_of_numpy(array: np.ndarray[Any, Any]) -> torch.Tensor | None:
+    """Share a compact, writable NumPy array, verified; None for any other."""
     theirs = EVERYDAY.get(array.dtype)
     if theirs is None or not array.flags.carray or type(array) is not np.ndarray:
         return None
@@ -105,6 +107,7 @@ def tensor_of_numpy(array: np.ndarray[Any, Any]) -> torch.Tensor | None:
 
 
 def tensor_of_jax(export: Callable[[Any], Any], array: Any) -> torch.Tensor | None:
+    """Share a host array of JAX by its private exporter, verified; None for any other."""
     theirs = TO_TORCH.get(array.dtype)
     if theirs is None or array.is_deleted() or torch.is_inference_mode_enabled():
         return None
@@ -123,6 +126,7 @@ def tensor_of_jax(export: Callable[[Any], Any], array: Any) -> torch.Tensor | No
 
 
 def capsule_of_tensor(tensor: torch.Tensor) -> tuple[Any, int, np.dtype[Any]] | None:
+    """Export a compact host tensor: (capsule, address, dtype); None for any other."""
     dtype = TO_NUMPY.get(tensor.dtype)
     if (
         dtype is None
@@ -141,6 +145,7 @@ def capsule_of_tensor(tensor: torch.Tensor) -> tuple[Any, int, np.dtype[Any]] | 
 
 
 def numpy_of_tensor(tensor: torch.Tensor) -> np.ndarray[Any, Any] | None:
+    """Share a compact host tensor, verified; None for any other."""
     dtype = TO_NUMPY.get(tensor.dtype)
     if dtype not in EVERYDAY or type(tensor) is not torch.Tensor or tensor.requires_grad:
         return None
