@@ -959,3 +959,13 @@ def test_gpu_memory_reaches_the_host_by_copy_only(copy):
     assert "cuda:0" in refusal(x, "numpy", False)
     for y in each_way(x, "numpy", copy):
         assert y.tolist() == x.tolist()
+
+
+@pytest.mark.parametrize("copy", [None, False])
+def test_an_import_without_memory_of_its_own_is_refused(copy):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    x = make("numpy")
+    with FakeTensorMode(), pytest.raises(rlx.ZeroCopyError, match="mode or a transform"):
+        rlx.exchange(x, "torch", copy=copy)
+    assert address(rlx.exchange(x, "torch", copy=copy)) == address(x)

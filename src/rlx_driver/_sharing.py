@@ -108,14 +108,24 @@ def _telling(facts: ArrayFacts) -> tuple[int, ...]:
 
 
 def share_verified(
-    x: Any, facts: ArrayFacts, target: Backend | ModuleType, *, may_copy: bool = False
+    x: Any,
+    facts: ArrayFacts,
+    target: Backend | ModuleType,
+    *,
+    may_copy: bool = False,
+    may_be_fake: bool = False,
 ) -> Any:
     """Import without a copy and compare; every refusal becomes a `ZeroCopyError`."""
     try:
         if isinstance(target, Backend):
             result = target.share(x, facts)
             if not target.is_concrete(result):
-                return result  # made under a mode or a transform: it has no address to compare
+                if may_be_fake:
+                    return result
+                raise ZeroCopyError(
+                    f"{name_of(target)} is under a mode or a transform in which an import has no "
+                    "memory of its own (a fake or traced value): exchange outside of it"
+                )
             found = target.facts(result)
         else:
             exporter = registry.get("numpy").exporter(x) if isinstance(x, np.ndarray) else x

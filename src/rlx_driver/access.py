@@ -349,9 +349,10 @@ def _fence_one(backend: FunctionalBackend, entries: list[tuple[Access, Lease | N
     if held is not None:
         raise ZeroCopyError(
             f"an array handed out by {held.label}.jax() is held by a NumPy, torch or memoryview "
-            "alias made from it, so its readers cannot be fenced. Drop that alias (take "
-            f"{held.label}.numpy() or .torch() instead of converting the JAX array). No byte was "
-            "changed"
+            "alias made from it, so its readers cannot be fenced. Drop that alias, and take "
+            f"{held.label}.numpy() or .torch() instead of converting the JAX array (in JAX 0.11 "
+            "numpy.asarray or repr of a bfloat16 or float8 array on the host holds it for good). "
+            "No byte was changed"
         )
 
 

@@ -284,8 +284,8 @@ class JaxBackend(FunctionalBackend):
         if source == "numpy":
             return self._array_of_numpy
         if source == "torch":
-            torch = registry.get("torch")
-            return functools.partial(self._array_of_tensor, torch.fast_export())  # type: ignore[attr-defined]
+            give = getattr(registry.get("torch"), "fast_export", None)
+            return None if give is None else functools.partial(self._array_of_tensor, give())
         return None
 
     def lane_to(self, target: str) -> Callable[[Any], Any] | None:

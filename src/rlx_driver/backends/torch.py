@@ -238,7 +238,8 @@ class TorchBackend(Backend):
         if source == "numpy":
             return tensor_of_numpy
         if source == "jax":
-            export = registry.get("jax").fast_export()  # type: ignore[attr-defined]
+            give = getattr(registry.get("jax"), "fast_export", None)
+            export = None if give is None else give()
             return None if export is None else functools.partial(tensor_of_jax, export)
         return None
 
