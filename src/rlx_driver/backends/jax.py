@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
@@ -62,9 +63,10 @@ class JaxBackend(FunctionalBackend):
     kinds: ClassVar[tuple[str, ...]] = ("tpu",)
 
     def __init__(self) -> None:
-        # The first use may stand inside a trace, where every new array would be a tracer.
-        with jax.ensure_compile_time_eval():
-            self._start()
+        # The first use may stand inside a trace, where new arrays are tracers and the probe for
+        # traces sees one; a thread of its own is outside of every trace.
+        with ThreadPoolExecutor(1) as outside:
+            outside.submit(self._start).result()
 
     def _start(self) -> None:
         self._private = _jax_dlpack.probe()
