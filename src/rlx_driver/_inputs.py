@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from rlx_driver import _pytree
 from rlx_driver.backends.base import Backend, FunctionalBackend
-from rlx_driver.errors import StaleViewError
+from rlx_driver.errors import ShapeError, StaleViewError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rlx_driver.access import Access
 
-__all__ = ["Inputs"]
+__all__ = ["Inputs", "static_positions"]
 
 
 class Inputs:
@@ -30,7 +30,7 @@ class Inputs:
     def __init__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], static: int | tuple[int, ...]
     ) -> None:
-        self.static = static if isinstance(static, tuple) else (static,)
+        self.static = static_positions(static)
         self._none = not args and not kwargs
         self._buffers: list[Any] = []
         if self._none:
@@ -79,3 +79,20 @@ class Inputs:
             leaf._access.settle()
             return leaf._mutable_view(target, in_scope=True)
         return target.argument(leaf)
+
+
+def static_positions(static: int | Sequence[int]) -> tuple[int, ...]:
+    """Give the positions of a step's static arguments as a tuple.
+
+    Raises
+    ------
+    ShapeError
+        When the state, at position 0, is among them.
+    """
+    positions = (static,) if isinstance(static, int) else tuple(static)
+    if 0 in positions:
+        raise ShapeError(
+            "static_argnums names position 0, which is the state: it is donated and cannot be "
+            "static; the arguments begin at 1"
+        )
+    return positions

@@ -234,7 +234,8 @@ def no_copies() -> Iterator[None]:
 
     It holds for the calling thread (and asyncio task), for explicit transfers such as
     ``copy_from`` and ``to_host`` as for hidden ones. Taking over a user's donated result
-    (``commit``) moves no bytes and is allowed.
+    (``commit``) moves no bytes and is allowed; so are the private copies that `update` takes of
+    NumPy arrays among its arguments, which are values and not memory to share.
 
     Raises
     ------

@@ -56,6 +56,7 @@ def update_mutable(
         if result is None:
             return aux  # it changed its argument
         news = [result] if structure is None else _flattened(result, structure)
+        news = [target.as_array(new) for new in news]
         changed = [
             (buffer, view, _fitting_result(buffer, view, new, target))
             for buffer, view, new in zip(buffers, views, news, strict=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rlx_driver.access import Lease
 from rlx_driver.backends.base import ArrayFacts, accounting, row_major_strides
+from rlx_driver.errors import ZeroCopyError
 from rlx_driver.registry import registry
 
 if TYPE_CHECKING:
@@ -30,10 +32,25 @@ def make_owned(
 ) -> tuple[Any, Backend, Owner]:
     """Allocate zero bytes that a framework owns: the native array, its backend, and the owner.
 
+    Raises
+    ------
+    ZeroCopyError
+        When the framework would make something else of the dtype (x64 off, sub-byte dtypes).
+
+    Notes
+    -----
     On the host the native array is a NumPy view by address, which keeps the owner alive. Elsewhere
     only the framework reaches the memory.
     """
+    wanted = ArrayFacts(0, shape, row_major_strides(shape, dtype.itemsize), dtype, device)
+    if (obstacle := backend.lease_obstacle(wanted)) is not None:
+        raise ZeroCopyError(f"{backend.name} cannot own {dtype.name}{list(shape)}: {obstacle}")
     array = backend.owned(device, shape, dtype)
+    if tuple(array.shape) != shape or array.dtype != dtype:
+        raise ZeroCopyError(
+            f"{backend.name} was asked for {dtype.name}{list(shape)} and made "
+            f"{array.dtype}{list(array.shape)}"
+        )
     lease = Lease(backend, backend.address(array) if array.size else 0)
     lease.array = array
     owner = Owner(lease)
@@ -44,6 +61,5 @@ def make_owned(
         return array_at(lease.address, shape, dtype, owner), registry.get("numpy"), owner
     from rlx_driver.backends.owned import OwnedArray, OwnedMemory
 
-    strides = row_major_strides(shape, dtype.itemsize)
-    facts = ArrayFacts(lease.address, shape, strides, dtype, device)
+    facts = replace(wanted, address=lease.address)
     return OwnedArray(lease, facts), OwnedMemory(backend), owner

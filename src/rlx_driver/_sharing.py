@@ -178,4 +178,6 @@ def name_of(target: Backend | ModuleType) -> str:
 
 
 def title_of(x: Any, facts: ArrayFacts) -> str:
-    return f"{type(x).__qualname__} of shape {facts.shape} and dtype {facts.dtype.name}"
+    # With an obstacle the facts may stand for what could not be found out.
+    kind = facts.dtype.name if facts.obstacle is None else getattr(x, "dtype", "unknown")
+    return f"{type(x).__qualname__} of shape {facts.shape} and dtype {kind}"

@@ -7,7 +7,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from rlx_driver import _locks
-from rlx_driver._inputs import Inputs
+from rlx_driver._inputs import Inputs, static_positions
 from rlx_driver._landing import inside_trace, land_elsewhere, order_all_after
 from rlx_driver._ledger import ledger
 from rlx_driver._locks import acquire, release
@@ -238,8 +238,7 @@ def _remembered_program(
     lease: Lease, step: Callable[..., Any], has_aux: bool, static: int | tuple[int, ...]
 ) -> Callable[..., Any]:
     """Give the program of a step, and keep it at the lease for the next update by the same one."""
-    positions = static if isinstance(static, tuple) else (static,)
-    program = lease.backend.compiled_step(step, None, has_aux, positions)
+    program = lease.backend.compiled_step(step, None, has_aux, static_positions(static))
     try:
         lease.step = weakref.ref(step)
     except TypeError:  # not weakly referable: looked up again each time

@@ -216,14 +216,18 @@ class Buffer(ViewsMixin, UpdateMixin, SlicesMixin, TransferMixin, InteropMixin):
         if facts.obstacle is not None:
             raise ZeroCopyError(f"a Buffer cannot be made of it: {facts.obstacle}")
         if copy is not True:
-            immutable = source is not None and source.facts(x).immutable
-            if immutable or facts.read_only:
+            reason = ""
+            if facts.read_only or (source is not None and source.facts(x).immutable):
+                reason = "read-only"
+            elif facts.overlaps_itself:
+                reason = "elements that share memory"
+            if reason:
                 if copy is False:
                     raise ZeroCopyError(
-                        "the array must not be written and a Buffer is memory to write: use "
-                        "copy=None or copy=True, or make it writable if it is yours"
+                        f"a Buffer is memory to write, and the array cannot be written as one "
+                        f"({reason}): use copy=None or copy=True"
                     )
-                ledger.will_copy(facts.byte_size, "read-only (to a Buffer)")
+                ledger.will_copy(facts.byte_size, f"{reason} (to a Buffer)")
                 native = backend.duplicate(native)
         return cls._adopt(native, backend)
 
@@ -295,6 +299,7 @@ class Buffer(ViewsMixin, UpdateMixin, SlicesMixin, TransferMixin, InteropMixin):
     @property
     def address(self) -> int:
         """Address of element zero; it never changes. 0 when there are no elements."""
+        self._access.require_open()
         return self._facts.address
 
     @property

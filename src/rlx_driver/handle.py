@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -18,7 +18,9 @@ from rlx_driver.device import Device
 from rlx_driver.errors import (
     ClosedHandleError,
     DeviceUnavailableError,
+    DTypeError,
     DuplicateError,
+    ShapeError,
     UnboundNameError,
 )
 from rlx_driver.registry import registry
@@ -259,6 +261,9 @@ class HandleRegion:
         ShapeError, DTypeError, OutOfDeviceMemory, DeviceUnavailableError
             As for `BufferHandle`. No handle was made.
         """
+        for name, entry in spec.items():
+            if not isinstance(entry, (tuple, list)) or len(entry) != 2:
+                raise ShapeError(f"{name!r} needs a pair (shape, dtype); got {entry!r}")
         checked = {
             name: (shape_of(shape), dtypes.info(dtype).dtype)
             for name, (shape, dtype) in spec.items()
@@ -313,6 +318,10 @@ class HandleRegion:
             handles = list(self._handles.values())
         for handle in handles:
             handle.close()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse to pickle: a region is memory."""
+        raise DTypeError("a HandleRegion is memory at an address and does not pickle or copy")
 
     def __enter__(self) -> HandleRegion:
         return self

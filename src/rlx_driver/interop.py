@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from rlx_driver._ledger import ledger
-from rlx_driver.errors import DeviceUnavailableError, DTypeError, ZeroCopyError
+from rlx_driver.errors import DeviceUnavailableError, DTypeError, ShapeError, ZeroCopyError
 
 if TYPE_CHECKING:
     from rlx_driver.device import Device
@@ -79,7 +79,8 @@ class InteropMixin:
         view = self.numpy()
         if dtype is not None and np.dtype(dtype) != view.dtype:
             if copy is False:
-                raise DTypeError(f"{view.dtype} cannot be seen as {np.dtype(dtype)} without a copy")
+                # NumPy's protocol wants a ValueError here.
+                raise ShapeError(f"{view.dtype} cannot be seen as {np.dtype(dtype)} without a copy")
             ledger.will_copy(view.nbytes, "another dtype was asked for")
             return view.astype(dtype)
         if not copy:

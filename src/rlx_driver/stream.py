@@ -24,7 +24,8 @@ class CommandStream(Protocol):
     """Order of work on one device.
 
     Work is enqueued by `launch`, or by the framework itself inside ``with stream:``. `submit` makes
-    sure that it is on its way, `wait` that it is done.
+    sure that it is on its way, `wait` that it is done. This is the first form: events, and waiting
+    of one stream for another, are still to come.
     """
 
     @property

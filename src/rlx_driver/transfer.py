@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlx_driver import dtypes
 from rlx_driver._exchange import exchange
 from rlx_driver._ledger import ledger
 from rlx_driver._locks import acquire, release
@@ -59,12 +60,18 @@ class TransferMixin:
         _put([self], [x], cast, "copy_from")
 
     def __setitem__(self: Any, key: Any, value: Any) -> None:
-        """Assign to a basic slice: a scalar fills it, an array is copied as by `copy_from`."""
+        """Assign to a basic slice: a number fills it, an array is copied as by `copy_from`.
+
+        A number is converted as NumPy does. An array without axes fills too, when its dtype agrees.
+        """
         target = self if key is Ellipsis else self[key]
         target._materialise()
         if not isinstance(value, (bool, int, float, complex, np.generic)):
-            target.copy_from(value)
-            return
+            fills = getattr(value, "shape", None) == () and target.shape != ()
+            if not fills or dtypes.dtype(value.dtype) != target.dtype:
+                target.copy_from(value)
+                return
+            value = value.item()
         if isinstance(value, np.generic):
             value = value.item()
         access = target._access
@@ -74,7 +81,7 @@ class TransferMixin:
             with target._backend.writing():
                 try:
                     target._native[...] = value
-                except (OverflowError, TypeError, RuntimeError) as error:
+                except (OverflowError, TypeError, ValueError, RuntimeError) as error:
                     raise DTypeError(
                         f"{value!r} does not fit {target.dtype.name}: {error}. Nothing was changed"
                     ) from error

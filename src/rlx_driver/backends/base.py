@@ -226,6 +226,10 @@ class Backend(ABC):
         """Make one argument of a step safe, a leaf of a tree: JAX reads NumPy arrays late."""
         return value
 
+    def as_array(self, result: Any) -> Any:
+        """Make an array of what a step returned, where the framework gives scalars for 0-d."""
+        return result
+
     def writing(self) -> AbstractContextManager[Any]:
         """Enter what a step of this framework needs around it, such as no_grad."""
         return nullcontext()

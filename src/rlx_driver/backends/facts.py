@@ -89,6 +89,20 @@ class ArrayFacts:
         return self.num_elements * self.dtype.itemsize
 
     @property
+    def overlaps_itself(self) -> bool:
+        """Whether two elements may share a byte, as in a broadcast array."""
+        if 0 in self.shape:
+            return False
+        reach = self.dtype.itemsize
+        for stride, n in sorted(
+            (abs(s), n) for s, n in zip(self.strides, self.shape, strict=True) if n > 1
+        ):
+            if stride < reach:
+                return True
+            reach += stride * (n - 1)
+        return False
+
+    @property
     def is_row_major(self) -> bool:
         """Whether the elements lie in C order without a gap."""
         return is_row_major(self.shape, self.strides, self.dtype.itemsize)

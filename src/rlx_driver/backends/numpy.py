@@ -147,6 +147,10 @@ class NumpyBackend(Backend):
             return found
         return view[(*key, ...) if isinstance(key, tuple) else (key, ...)]
 
+    def as_array(self, result: Any) -> Any:
+        """Make an array of a NumPy scalar, which arithmetic on arrays without axes gives."""
+        return np.asarray(result) if isinstance(result, np.generic) else result
+
     def reinterpret(
         self, view: np.ndarray[Any, Any], dtype: np.dtype[Any], shape: tuple[int, ...]
     ) -> np.ndarray[Any, Any]:
