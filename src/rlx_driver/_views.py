@@ -144,21 +144,22 @@ class ViewsMixin:
         access = self._access
         if in_scope:
             return self._view_of(target)
-        if access.native_ready:
-            view = self._view_of(target)
-        else:
+        if self._native is None:
             self._materialise()
-            access = self._access
-            acquire((), [access])
-            try:
-                with access.lock:
-                    view = self._view_of(target)
-                    access.settle()
-            finally:
-                release((), [access])
         if not access.native_out:
+            # Before the view is there: an update by another thread is to find it ordered.
             access.native_out = True
-            access.refresh()
+            if not access.synchronous:
+                access.functional_ready = False
+        if access.native_ready:
+            return self._view_of(target)
+        acquire((), [access])
+        try:
+            with access.lock:
+                view = self._view_of(target)
+                access.settle()
+        finally:
+            release((), [access])
         return view
 
     def _view_of(self, target: Backend | ModuleType) -> Any:
