@@ -31,6 +31,7 @@ class Structure:
 
 
 def require_backend(target: Backend | ModuleType) -> Backend:
+    """Refuse a module without a backend, in which no step can run."""
     if isinstance(target, Backend):
         return target
     raise ZeroCopyError(
@@ -47,6 +48,7 @@ def update_mutable(
     inputs: Inputs,
     has_aux: bool,
 ) -> Any:
+    """Run a step that writes in place, or returns values that are copied into place."""
     reads = inputs.reads([buffer._access for buffer in buffers])
     with WriteScope(buffers, target.name, None, list, reads) as views, target.writing():
         args, kwargs = inputs.for_framework(target)

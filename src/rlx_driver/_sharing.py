@@ -145,6 +145,7 @@ def share_verified(
 
 
 def obstacle_to(facts: ArrayFacts, target: Backend | ModuleType) -> Obstacle | None:
+    """Say why a target cannot share such an array, its source's own reason included."""
     theirs = None
     if facts.obstacle is not None and not facts.obstacle.copyable:
         return facts.obstacle
@@ -174,10 +175,12 @@ def facts_of(x: Any) -> ArrayFacts:
 
 
 def name_of(target: Backend | ModuleType) -> str:
+    """Give the name of a target for messages."""
     return target.name if isinstance(target, Backend) else target.__name__
 
 
 def title_of(x: Any, facts: ArrayFacts) -> str:
+    """Describe an array for messages."""
     # With an obstacle the facts may stand for what could not be found out.
     kind = facts.dtype.name if facts.obstacle is None else getattr(x, "dtype", "unknown")
     return f"{type(x).__qualname__} of shape {facts.shape} and dtype {kind}"

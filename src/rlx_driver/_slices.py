@@ -121,4 +121,5 @@ def shape_of(shape: Any) -> tuple[int, ...]:
 
 
 def byte_size(shape: tuple[int, ...], dt: np.dtype[Any]) -> int:
+    """Give the bytes of a compact array."""
     return math.prod(shape) * dt.itemsize
