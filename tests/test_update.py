@@ -1134,3 +1134,30 @@ def test_update_in_another_thread_waits_for_a_read_scope():
         assert not waiting.done()
     waiting.result(timeout=60)
     assert (b.numpy() == 1).all()
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_without_donation_in_place_an_update_is_right_by_way_of_a_copy(monkeypatch, tree):
+    from rlx_driver.registry import registry
+
+    monkeypatch.setattr(registry.get("jax"), "can_lease", lambda device: False)
+    b = rlx.Buffer.zeros(64)
+    address, held = b.address, b.numpy()
+    for _ in range(3):
+        if tree:
+            rlx.update([b], plus_one_each)
+        else:
+            b.update(plus_one)
+    assert (held == 3).all()
+    assert b.address == address == held.ctypes.data
+    assert b.epoch == 3
+    assert rlx.ledger.copies == 3
+    with rlx.no_copies(), pytest.raises(rlx.ZeroCopyError, match="in place"):
+        b.update(plus_one)
+    assert (held == 3).all()
+    with pytest.raises(rlx.ZeroCopyError, match="HandleRegion"):
+        b.jax()
+
+
+def plus_one_each(tree):
+    return [leaf + 1 for leaf in tree]
