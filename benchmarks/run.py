@@ -10,7 +10,7 @@ from benchmarks.harness import RESULTS, machine, report
 
 SUITES = {
     "cpu": ("import", "views", "exchange", "update", "tree"),
-    "cuda": ("cuda",),
+    "cuda": ("cuda", "order"),
 }
 
 

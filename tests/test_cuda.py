@@ -267,24 +267,3 @@ def test_streams():
 def test_a_device_that_is_not_there():
     with pytest.raises(rlx.DeviceUnavailableError, match="cuda:77"):
         rlx.Buffer.zeros((4,), "f32", "cuda:77")
-
-
-@pytest.mark.parametrize("hidden", [False, True], ids=["jax shows its stream", "host waits"])
-def test_order_with_and_without_sight_of_the_stream_of_jax(hidden, heavy, monkeypatch):
-    from rlx_driver.registry import registry
-
-    backend = registry.get("jax")
-    if hidden:
-        monkeypatch.setattr(backend, "gpu_stream", lambda index: None)
-    else:
-        assert backend.gpu_stream(0) is not None
-    ours, _ = heavy
-    b = rlx.Buffer.zeros((1 << 20,), "f32", DEVICE)
-    view = b.torch()
-    with rlx.ledger.record() as record:
-        for value in range(1, 6):
-            view.copy_(spin(ours).flatten()[: view.numel()] * 0 + value)
-            b.update(double)
-            got = b.jax().sum()
-            assert float(view.sum()) == float(got) == 2 * value * (1 << 20)
-    assert (record.counts.host_waits > 0) is hidden

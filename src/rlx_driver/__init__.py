@@ -11,6 +11,7 @@ from rlx_driver.device import Device, MemoryInfo, available_devices
 from rlx_driver.dtypes import DTypeInfo, dtype
 from rlx_driver.errors import (
     AccessTimeoutError,
+    CaptureError,
     ClosedHandleError,
     DeviceUnavailableError,
     DriverError,
@@ -20,11 +21,14 @@ from rlx_driver.errors import (
     RecompilationWarning,
     ShapeError,
     StaleViewError,
+    StreamError,
     UnboundNameError,
     UnknownFrameworkError,
     UpdateFailedError,
     ZeroCopyError,
 )
+from rlx_driver.events import DeviceEvent, Event, HostEvent
+from rlx_driver.graph import CommandGraph
 from rlx_driver.handle import BufferHandle, HandleRegion, open_handles
 from rlx_driver.registry import register_backend
 from rlx_driver.stream import CommandStream, JaxStream, SyncStream, TorchStream, command_stream
@@ -38,25 +42,31 @@ __all__ = [
     # memory
     "Buffer",
     "BufferHandle",
+    "CaptureError",
     "ClosedHandleError",
     # order
+    "CommandGraph",
     "CommandStream",
     "DTypeError",
     # devices and dtypes
     "DTypeInfo",
     "Device",
+    "DeviceEvent",
     "DeviceUnavailableError",
     "DriverError",
     "DuplicateError",
+    "Event",
     # exchange
     "Explanation",
     "HandleRegion",
+    "HostEvent",
     "JaxStream",
     "MemoryInfo",
     "OutOfDeviceMemory",
     "RecompilationWarning",
     "ShapeError",
     "StaleViewError",
+    "StreamError",
     "SyncStream",
     "TorchStream",
     "UnboundNameError",

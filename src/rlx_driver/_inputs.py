@@ -76,7 +76,7 @@ class Inputs:
         if hasattr(leaf, "__rlx_native__"):
             if isinstance(target, FunctionalBackend):
                 return leaf._functional_view(target, in_scope=True)
-            leaf._access.settle()
+            leaf._access.settle(writes=False)
             return leaf._mutable_view(target, in_scope=True)
         return target.argument(leaf)
 

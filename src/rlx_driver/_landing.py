@@ -115,7 +115,7 @@ def land_elsewhere(
         if backend.is_dead(old):
             lease.array = lease.handed = None
             buffer._access.handed.pop(lease, None)
-        buffer._access.order.after_native()
+        buffer._access.after_native()
         buffer._access.written()
     done = {id(lease) for _, lease, _, _ in stray}
     for buffer, lease, _, new in entries:

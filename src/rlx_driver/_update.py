@@ -107,18 +107,22 @@ class UpdateMixin:
         try:
             old = lease.array
             pending = access.pending
+            settled = access.synchronous or access.order.is_settled(functional=True)
             if (
                 access.handed
                 or (pending is not lease and pending is not None)
-                or not access.synchronous
+                or not settled
                 or old is None
             ):
                 old = _ready_lease(self, access, lease, backend)
+            elif access.version is not None:
+                access.note_fresh(lease)  # which the result will be
             try:
                 new, aux = program(old, *args)
             except BaseException as error:
                 if lease.is_dead(old):
                     raise access.failed(lease, error) from error
+                lease.as_of = -1  # there is no result, and the array is as old as it was
                 raise
             if lease.is_dead(old) and lease.donated_address(new) == lease.address:
                 lease.array = new
@@ -139,10 +143,10 @@ class UpdateMixin:
                     except Exception as error:
                         raise access.failed(lease, error) from error
                     access.pending = None
-                else:
+                elif access.synchronous or not settled:
                     access.settle()
         finally:
-            settled = access.synchronous
+            settled = access.fast
             free = access.state == "open"  # a failed program may have lost the memory
             access.native_ready = free and settled and access.pending is None
             access.functional_ready = free and (settled or not access.native_out)
@@ -150,7 +154,7 @@ class UpdateMixin:
             if free:
                 access.vacant.append(None)
             if _locks.sleepers:
-                _locks.wake()
+                _locks.wake((access,))
         return aux
 
 
@@ -204,6 +208,8 @@ def update_many(
             ]
             if lost:
                 raise lost[0] from error
+            for lease in leases:
+                lease.as_of = -1
             raise
         news = [result] if structure is None else result
         if all(map(target.is_dead, olds)) and list(map(target.donated_address, news)) == [
@@ -257,12 +263,13 @@ def _ready_lease(
     keep: Sequence[Lease] = (),
 ) -> Any:
     """Give the array to donate, with everything else ordered before it."""
+    if not access.synchronous:
+        access.order.before_functional()
+        access.note_fresh(lease)  # which the result will be
     if access.handed and (len(access.handed) > 1 or lease not in access.handed or access.retired):
         fence((access,), keep or (lease,))
     if access.pending is not None and access.pending is not lease:
         access.settle_for(lease)
-    if not access.synchronous:
-        access.order.before_functional()
     array = lease.array
     if array is None:
         if not backend.can_lease(buffer.device):

@@ -78,7 +78,11 @@ class ViewsMixin:
             When torch is not installed.
         """
         view = self._torch
-        if view is not None and self._access.native_ready and not view.requires_grad:
+        if (
+            view is not None
+            and not view.requires_grad
+            and ((access := self._access).native_ready or access.is_settled())
+        ):
             return view
         return self._mutable_view(registry.get("torch"))
 
@@ -102,9 +106,10 @@ class ViewsMixin:
         if (
             lease is not None
             and (array := lease.handed) is not None
-            and self._access.functional_ready
+            and ((access := self._access).functional_ready or access.is_settled(functional=True))
             and lease.clean()
             and not lease.is_dead(array)
+            and (access.functional_ready or self._is_current(lease))
         ):
             return array
         return self.array("jax")
@@ -158,6 +163,7 @@ class ViewsMixin:
             with access.lock:
                 view = self._view_of(target)
                 access.settle()
+                access.view_out()
         finally:
             release((), [access])
         return view
@@ -193,6 +199,8 @@ class ViewsMixin:
 
     def _made_view(self, target: Backend | ModuleType) -> Any:
         if target is self._backend:
+            if self._parent is not None:
+                self._parent._base_view(target)  # keeps count of writes for its parts too
             return self._native
         if isinstance(target, Backend) and target.name == "numpy" and not self._device.is_host:
             raise DeviceUnavailableError(
@@ -226,6 +234,8 @@ class ViewsMixin:
         own = self._parent is None or backend.obstacle(self._parent._facts) is not None
         if own and type(backend).mark_written is not Backend.mark_written:
             self._access.marks.append((backend.mark_written, [view]))
+            if self._parent is None and backend is self._backend:
+                self._access.watch(backend.version_of(view))
 
     def _functional_view(self, target: FunctionalBackend, *, in_scope: bool = False) -> Any:
         if not target.trace_state_clean():
@@ -241,16 +251,18 @@ class ViewsMixin:
             with access.lock:
                 lease = self._lease(target)
                 access.settle_for(lease)
+                if not access.synchronous:
+                    access.order.before_functional(writes=False)
                 array = lease.array
                 if array is None:
                     array = self._imported(lease)
                 elif lease.is_dead(array):
                     raise uncommitted(access)
+                elif not (access.synchronous or access.is_fresh(lease)):
+                    array = self._renewed(lease)
                 elif access.native_out and not target.shows_current_bytes(array):
-                    access.retired.append((target, array))
+                    access.retire(target, array)
                     array = self._imported(lease)
-                if not access.synchronous:
-                    access.order.before_functional()
                 lease.handed = array
                 access.handed[lease] = None
                 if target.name == "jax":
@@ -259,6 +271,21 @@ class ViewsMixin:
             if not in_scope:
                 release((), [access])
         return array
+
+    def _is_current(self, lease: Lease) -> bool:
+        """Tell whether the array last handed out shows the bytes of now, whoever looks at it."""
+        return self._access.is_fresh(lease) and lease.backend.shows_current_bytes(lease.handed)
+
+    def _renewed(self, lease: Lease) -> Any:
+        """Make a lease's array come after the writes of others; what was handed out dies."""
+        backend, old = lease.backend, lease.array
+        new = backend.fence([old])[0]
+        if not lease.is_dead(old):  # an alias holds it, so that it lives on beside a new import
+            self._access.retire(backend, old)
+            return self._imported(lease)
+        lease.array = new
+        self._access.note_fresh(lease)
+        return new
 
     def _lease(self, backend: FunctionalBackend) -> Lease:
         """Give the lease of this very piece of memory, shared by equal slices."""
@@ -286,10 +313,14 @@ class ViewsMixin:
                 f"backend={backend.name!r}). update() works, by way of a copy"
             )
         ledger.count_exchange()
+        access = self._access
+        if not access.synchronous:
+            access.settle(writes=False)  # the import comes after the current stream
         with self._backend.exporting(self._device):
             array = backend.lease(self._native, facts)
         verify(array, facts, backend.facts(array))
         lease.array = array
+        access.note_fresh(lease)
         return array
 
 

@@ -13,6 +13,7 @@ Taking and giving back is in `rlx_driver._locks`.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from rlx_driver.errors import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from contextlib import AbstractContextManager
 
     from rlx_driver.backends.base import FunctionalBackend, Order
 
@@ -44,6 +46,9 @@ __all__ = [
 
 alive: weakref.WeakSet[Access] = weakref.WeakSet()
 
+_RETIRED_LIMIT = 16
+"""Older arrays of one memory that are kept for a user who may read them."""
+
 
 class Lease:
     """One array of a functional framework over a piece of memory, renewed by every write.
@@ -54,7 +59,9 @@ class Lease:
 
     __slots__ = (
         "address",
+        "after",
         "array",
+        "as_of",
         "backend",
         "clean",
         "donated_address",
@@ -73,6 +80,10 @@ class Lease:
         self.address = address
         self.array: Any = None
         self.handed: Any = None
+        # On a device with streams: the writes of others that `array` comes after by itself, so
+        # that a copy of it by another stream than the programs' sees them. See `Access.is_fresh`.
+        self.as_of = -1
+        self.after: Any = None
         # Kept here for the hot path of `Buffer.jax`.
         self.is_dead = backend.is_dead
         self.clean = backend.trace_state_clean
@@ -92,6 +103,7 @@ class Access:
     __slots__ = (
         "__weakref__",
         "epoch",
+        "fast",
         "functional_ready",
         "handed",
         "label",
@@ -100,6 +112,7 @@ class Access:
         "marks",
         "native_out",
         "native_ready",
+        "native_writes",
         "order",
         "owner",
         "pending",
@@ -108,6 +121,7 @@ class Access:
         "state",
         "synchronous",
         "vacant",
+        "version",
         "waiting",
         "writer",
     )
@@ -116,18 +130,21 @@ class Access:
         self.label = label
         self.order = order
         self.synchronous = order.synchronous
+        self.fast = order.synchronous  # whether the cached views need no look at the order
         self.owner: Any = None
         self.epoch = 0
         self.state = "open"
         self.writer = 0
         self.readers: dict[int, int] = {}
-        self.waiting = 0
+        self.waiting: list[Any] = []  # who stands in line; see rlx_driver._locks
         self.vacant: list[None] = [None]  # see rlx_driver._locks
         self.leases: dict[Any, Lease] = {}
         self.handed: dict[Lease, None] = {}
         self.retired: list[tuple[FunctionalBackend, Any]] = []
         self.pending: Lease | None = None
         self.native_out = False
+        self.native_writes = 0
+        self.version: Callable[[], int] | None = None
         self.marks: list[tuple[Callable[[list[Any]], None], list[Any]]] = []
         # One flag each for the two kinds of views: everything that makes the hot path valid.
         self.native_ready = self.synchronous
@@ -158,7 +175,7 @@ class Access:
     def refresh(self) -> None:
         """Set the flags of the hot paths from what is true now."""
         free = self.state == "open" and not self.writer
-        settled = self.synchronous
+        settled = self.fast
         self.native_ready = free and settled and self.pending is None
         self.functional_ready = free and (settled or not self.native_out)
 
@@ -173,18 +190,92 @@ class Access:
 
     # --- order
 
-    def settle(self) -> None:
-        """Order native work after pending results: the host waits, a GPU's stream does."""
-        lease = self.pending
-        if lease is None:
-            if not self.synchronous:
-                self.order.before_native(_nothing, None)
+    def is_settled(self, *, functional: bool = False) -> bool:
+        """Tell, on a device with streams, whether an access has nothing to wait for."""
+        return (
+            not self.synchronous
+            and self.state == "open"
+            and not self.writer
+            and self.order.is_settled(functional=functional)
+        )
+
+    def is_recording(self) -> bool:
+        """Tell whether this thread records a graph, so that nothing runs now."""
+        return not self.synchronous and self.order.recording() is not None
+
+    def settle(self, *, writes: bool = True) -> None:
+        """Order native work after all before it: the host waits, a GPU's stream does."""
+        if not self.synchronous and (recording := self.order.recording()) is not None:
+            recording.note(self, writes=writes)
             return
-        if lease.array is None or lease.is_dead(lease.array):
-            raise uncommitted(self)
-        if self.order.before_native(lambda: self.wait(lease), lease.array):
+        result, pending = self._pending()
+        if result is None and self.synchronous:
+            return
+        if self.order.before_native(pending, result, writes=writes) and result is not None:
             self.pending = None
             self.refresh()
+
+    def settle_for_host(self) -> AbstractContextManager[None]:
+        """Enter what a copy to the host needs, ordered after the producers of this memory alone."""
+        result, pending = self._pending()
+        return self.order.for_host(pending, result)
+
+    def _pending(self) -> tuple[Any | None, Callable[[], None]]:
+        """Give the pending result, and how to wait for it on the host."""
+        lease = self.pending
+        if lease is None:
+            return None, _nothing
+        if lease.array is None or lease.is_dead(lease.array):
+            raise uncommitted(self)
+        return lease.array, functools.partial(self.wait, lease)
+
+    def after_native(self, *, wrote: bool = True) -> None:
+        """Note that a read or write by the native framework ends here, as far as enqueued."""
+        if not self.synchronous and not self.is_recording():
+            with self.lock:
+                self.order.after_native(wrote=wrote)
+                self.native_writes += wrote
+
+    def view_out(self) -> None:
+        """Note that a native view goes out, on the current stream."""
+        if not self.synchronous and not self.is_recording():
+            self.order.view_out()
+
+    def watch(self, version: Callable[[], int]) -> None:
+        """Take a native view's count of writes, so that plain writes through it are noticed."""
+        before = self.foreign_writes()
+        self.version = version
+        for lease in self.leases.values():
+            if lease.as_of == before:
+                lease.as_of = self.foreign_writes()
+
+    def foreign_writes(self) -> int:
+        """Count writes that functional arrays made before do not come after by themselves.
+
+        A driver's write raises both the epoch and the version of every view.
+        """
+        if self.version is None:
+            return self.native_writes
+        return self.version() - self.epoch + self.native_writes
+
+    def is_fresh(self, lease: Lease) -> bool:
+        """Tell, on a device with streams, whether every consumer of an array is in order.
+
+        Programs are ordered by their stream. What copies an array to the host or to another device
+        runs on a stream of its own and waits for the array's own producer only, so after a write by
+        anyone else the array has to be made anew.
+        """
+        last = self.pending
+        if last is not None and last is not lease and lease.after is not last.array:
+            return False
+        version = self.version  # `foreign_writes`, spelled out for the hot path of `Buffer.jax`
+        known = self.native_writes
+        return lease.as_of == (known if version is None else version() - self.epoch + known)
+
+    def note_fresh(self, lease: Lease) -> None:
+        """Note that an array was made after all writes until now."""
+        lease.as_of = self.foreign_writes()
+        lease.after = None if self.pending is None else self.pending.array
 
     def settle_for(self, lease: Lease) -> None:
         """Order work of a functional framework on one lease after results of another one."""
@@ -233,6 +324,16 @@ class Access:
         else:  # the call itself failed: nothing holds the memory any more
             self.state = "lost"
 
+    def retire(self, backend: FunctionalBackend, array: Any) -> None:
+        """Keep an array that a user may still read, beside a newer one, until the next fence."""
+        self.retired.append((backend, array))
+        if len(self.retired) > _RETIRED_LIMIT:
+            fenced: list[tuple[Access, Lease | None, Any]] = [
+                (self, None, a) for b, a in self.retired if b is backend
+            ]
+            self.retired = [(b, a) for b, a in self.retired if b is not backend]
+            _fence_one(backend, fenced)
+
     def written(self) -> None:
         """Note a write: a new epoch, and autograd is told."""
         written((self,))
@@ -240,9 +341,14 @@ class Access:
 
 def written(accesses: Sequence[Access]) -> None:
     """Note a write to several: new epochs, and each framework is told once."""
+    marked = []
     for access in accesses:
+        if not access.synchronous and access.is_recording():
+            continue  # nothing runs now
         access.epoch += 1
-    tell([access for access in accesses if access.marks])
+        if access.marks:
+            marked.append(access)
+    tell(marked)
 
 
 def tell(accesses: Iterable[Access]) -> None:
@@ -308,6 +414,8 @@ def fence(accesses: Iterable[Access], keep: Sequence[Lease] = ()) -> None:
     """
     by_backend: dict[FunctionalBackend, list[tuple[Access, Lease | None, Any]]] = {}
     for access in accesses:
+        if not access.synchronous and access.is_recording():
+            continue  # a replay will fence
         for lease in access.handed:
             if lease not in keep:
                 if lease.is_dead(lease.array):
@@ -329,13 +437,13 @@ def _fence_one(backend: FunctionalBackend, entries: list[tuple[Access, Lease | N
             held = access
             continue
         ordered.append(new)
+        if not access.synchronous:
+            access.order.wait_result(new, functools.partial(_wait_for, backend, new))
         if lease is None:
             access.retired = [(b, a) for b, a in access.retired if a is not old]
             continue
         lease.array, lease.handed = new, None
         del access.handed[lease]
-        if access.pending is None and not access.synchronous:
-            access.pending = lease  # the next native access waits on the device
     if ordered and entries[0][0].synchronous:
         if foreign_thread():
             raise own_scope(entries[0][0], writing=True)
@@ -354,6 +462,11 @@ def _fence_one(backend: FunctionalBackend, entries: list[tuple[Access, Lease | N
             "numpy.asarray or repr of a bfloat16 or float8 array on the host holds it for good). "
             "No byte was changed"
         )
+
+
+def _wait_for(backend: FunctionalBackend, array: Any) -> None:
+    ledger.count_host_wait()
+    backend.wait(array)
 
 
 def _nothing(*_: Any) -> None:

@@ -109,7 +109,7 @@ class Buffer(ViewsMixin, UpdateMixin, SlicesMixin, TransferMixin, InteropMixin):
         self = object.__new__(Buffer)
         facts = backend.facts(native)
         label = label or f"Buffer {facts.dtype.name}{list(facts.shape)} on {facts.device}"
-        self._setup(native, backend, Access(label, backend.order(facts.device)))
+        self._setup(native, backend, Access(label, backend.order(facts.device, native)))
         return self
 
     def _adopt_lease(self, lease: Lease) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__ = [
     "AccessTimeoutError",
+    "CaptureError",
     "ClosedHandleError",
     "DTypeError",
     "DeviceUnavailableError",
@@ -16,6 +17,7 @@ __all__ = [
     "RecompilationWarning",
     "ShapeError",
     "StaleViewError",
+    "StreamError",
     "UnboundNameError",
     "UnknownFrameworkError",
     "UpdateFailedError",
@@ -74,6 +76,14 @@ class AccessTimeoutError(DriverError, TimeoutError):
 
 class UpdateFailedError(DriverError, RuntimeError):
     """A donated program failed while it ran: the bytes of its buffers are undefined."""
+
+
+class StreamError(DriverError, RuntimeError):
+    """Streams or events were asked for something that they cannot do together."""
+
+
+class CaptureError(StreamError):
+    """Work was asked for that a graph cannot record, or a graph that was never finished."""
 
 
 class UnboundNameError(DriverError, KeyError):

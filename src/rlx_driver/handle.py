@@ -168,8 +168,8 @@ class BufferHandle(Buffer):
     def _live(self, native: Any, backend: Backend, owner: Owner | None = None) -> None:
         """Take the memory that the region gives."""
         access = self._access
-        access.order = backend.order(self._device)
-        access.synchronous = access.order.synchronous
+        access.order = backend.order(self._device, native)
+        access.synchronous = access.fast = access.order.synchronous
         access.owner = owner
         self._setup(native, backend, access)
         if owner is not None:

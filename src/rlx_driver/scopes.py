@@ -65,7 +65,7 @@ class ReadScope(_Scope):
             else:
                 for access in accesses:
                     with access.lock:
-                        access.settle()
+                        access.settle(writes=False)
                 arrays = [
                     buffer._mutable_view(self._target, in_scope=True) for buffer in self._buffers
                 ]
@@ -86,8 +86,7 @@ class ReadScope(_Scope):
         try:
             if not isinstance(self._target, FunctionalBackend):
                 for access in accesses:
-                    if not access.synchronous:
-                        access.order.after_native()
+                    access.after_native(wrote=False)
         finally:
             release((), accesses)
 
@@ -131,6 +130,8 @@ class WriteScope(_Scope):
             written(accesses)
             for access in accesses:
                 if not access.synchronous:
-                    access.order.after_native()
+                    access.after_native()
+            for access in self._reads:
+                access.after_native(wrote=False)
         finally:
             release(accesses, self._reads)

@@ -30,7 +30,7 @@ class TransferMixin:
 
     __slots__ = ()
 
-    def copy_from(self: Any, x: Any, cast: bool = False) -> None:
+    def copy_from(self: Any, x: Any, cast: bool = False, *, blocking: bool = True) -> None:
         """Set the bytes to those of an array, from any framework and device.
 
         A result of a jitted function of yours that took ``self.jax()`` by donation already lies at
@@ -43,11 +43,14 @@ class TransferMixin:
             An array, or a Buffer, of this shape.
         cast
             Convert from another dtype, as NumPy's ``astype`` does. (Without it a dtype must agree.)
+        blocking
+            False: from pinned host memory to a GPU the copy goes on while the call returns, on the
+            current stream; `x` is kept alive, and must not be changed before that stream is done.
 
         Notes
         -----
         Copies: unless taken over. Blocks: on the host for the copy, and for readers of arrays that
-        `jax` handed out. Aliases: nothing; `x` may be changed afterwards.
+        `jax` handed out. Aliases: nothing; `x` may be changed afterwards, but for ``blocking``.
 
         Raises
         ------
@@ -57,7 +60,7 @@ class TransferMixin:
             Inside `no_copies` when bytes would move, or when an alias blocks the fence.
         """
         self._materialise()
-        _put([self], [x], cast, "copy_from")
+        _put([self], [x], cast, "copy_from", blocking)
 
     def __setitem__(self: Any, key: Any, value: Any) -> None:
         """Assign to a basic slice: a number fills it, an array is copied as by `copy_from`.
@@ -85,7 +88,7 @@ class TransferMixin:
                     raise DTypeError(
                         f"{value!r} does not fit {target.dtype.name}: {error}. Nothing was changed"
                     ) from error
-            access.order.after_native()
+            access.after_native()
             access.written()
         finally:
             release([access])
@@ -128,7 +131,13 @@ def commit_all(buffers: Sequence[Buffer], values: Sequence[Any]) -> None:
     _put(buffers, values, False, "commit")
 
 
-def _put(buffers: Sequence[Buffer], values: Sequence[Any], cast: bool, reason: str) -> None:
+def _put(
+    buffers: Sequence[Buffer],
+    values: Sequence[Any],
+    cast: bool,
+    reason: str,
+    blocking: bool = True,
+) -> None:
     """Adopt values that lie in place, and copy the others, with one fence for all."""
     adopted: list[tuple[Buffer, Any, Lease]] = []
     moved: list[_Value] = []
@@ -152,9 +161,11 @@ def _put(buffers: Sequence[Buffer], values: Sequence[Any], cast: bool, reason: s
         arrays = [value.taken_from(writes, changed) for value in moved]
         _order_before(writes, [lease for _, _, lease in adopted], lost)
         for value, array in zip(moved, arrays, strict=True):
-            _move(value.buffer, array, cast)
+            _move(value.buffer, array, cast, blocking)
         for access in dict.fromkeys(value.buffer._access for value in moved):
-            access.order.after_native()
+            access.after_native()
+        for access in reads:
+            access.after_native(wrote=False)
         written(writes)
         for buffer, x, lease in adopted:
             _adopt(buffer._access, x, lease)
@@ -222,6 +233,7 @@ def _adopt(access: Access, x: Any, lease: Lease) -> None:
     if access.pending is not None:  # another part of the same memory
         access.settle()
     access.pending = lease
+    access.order.functional_wrote()
     if access.native_out:
         access.settle()
 
@@ -272,11 +284,12 @@ class _Value:
         """
         buffer, source = self.buffer, self.source
         if self.native is not None:
-            self.x._access.settle()
             array, source = self.native(), self.x._backend
-            if source is buffer._backend:
-                return source.duplicate(array) if self._is_among(changed) else array
-            return source.copy_out(array) if buffer.device.is_host else array
+            if source is not buffer._backend and buffer.device.is_host:
+                with self.x._access.settle_for_host():
+                    return source.copy_out(array)
+            self.x._access.settle(writes=False)
+            return source.duplicate(array) if self._is_among(changed) else array
         own = [lease.array for access in writes for lease in access.leases.values()]
         if source is not None:
             if any(self.x is array for array in own) or not _same_place(buffer, self.x, source):
@@ -322,11 +335,13 @@ def _same_place(buffer: Buffer, x: Any, source: Backend) -> bool:
     return place.is_host if buffer.device.is_host else True
 
 
-def _move(buffer: Buffer, value: Any, cast: bool) -> None:
+def _move(buffer: Buffer, value: Any, cast: bool, blocking: bool) -> None:
     backend = buffer._backend
-    if isinstance(value, np.ndarray):
-        if cast and value.dtype != buffer.dtype:
-            value = value.astype(buffer.dtype)
+    if isinstance(value, np.ndarray) and cast and value.dtype != buffer.dtype:
+        value = value.astype(buffer.dtype)
+    if not blocking:
+        backend.enqueue_copy(buffer._native, value)
+    elif isinstance(value, np.ndarray):
         backend.copy_in(buffer._native, value)
     else:
         backend.copy_across(buffer._native, value)

@@ -8,18 +8,18 @@ has; a third party adds one by subclassing `Backend` (see `rlx_driver.register_b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
 
 from rlx_driver.backends.accounting import accounting, require_memory
 from rlx_driver.backends.facts import ArrayFacts, Obstacle, row_major_strides
 from rlx_driver.errors import DTypeError, ShapeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import ModuleType
-
-    import numpy as np
 
     from rlx_driver.device import Device, MemoryInfo
 
@@ -32,6 +32,7 @@ __all__ = [
     "FunctionalBackend",
     "Obstacle",
     "Order",
+    "Recording",
     "accounting",
     "require_memory",
     "row_major_strides",
@@ -42,26 +43,57 @@ ALIGNMENT = 256
 """Bytes to which every allocation is aligned: enough for JAX (64) and for CUDA (256)."""
 
 
+class Recording:
+    """The capture of a graph: which memory the captured work reads and writes.
+
+    Nothing runs while it is recorded, so accesses are noted here instead of being ordered.
+    """
+
+    def __init__(self) -> None:
+        self.reads: dict[Any, None] = {}
+        self.writes: dict[Any, None] = {}
+
+    def note(self, access: Any, *, writes: bool) -> None:
+        """Note one access."""
+        if writes:
+            self.reads.pop(access, None)
+            self.writes[access] = None
+        elif access not in self.writes:
+            self.reads[access] = None
+
+
 class Order:
     """Orders the accesses of one buffer family; the base class serves synchronous frameworks.
 
     The core calls these around every access. On the host the only asynchronous framework is JAX,
-    whose pending result the core waits for itself, so there is nothing to do here; a backend with
-    streams overrides `Backend.order`.
+    whose pending result the core waits for itself, so there is nothing to do here; for devices with
+    streams there is `rlx_driver.backends.stream_order.StreamOrder`.
     """
 
     synchronous: ClassVar[bool] = True
     """Whether memory is settled for every framework once pending results are waited for."""
 
-    def before_native(self, pending: Callable[[], None], result: Any | None) -> bool:
-        """Order the native framework's next work after a pending functional result.
+    def recording(self) -> Recording | None:
+        """Give the capture of a graph that the calling thread is in."""
+        return None
+
+    def is_settled(self, *, functional: bool = False) -> bool:
+        """Tell whether the next access has nothing to wait for, on a device with streams."""
+        return False
+
+    def before_native(
+        self, pending: Callable[[], None], result: Any | None, *, writes: bool = True
+    ) -> bool:
+        """Order the native framework's next work after all that was done before.
 
         Parameters
         ----------
         pending
             Waits on the host for the result; raises its error.
         result
-            The pending array, or None.
+            The pending array of a functional framework, or None.
+        writes
+            The work writes, so that it comes after readers too.
 
         Returns
         -------
@@ -72,11 +104,27 @@ class Order:
             pending()
         return True
 
-    def after_native(self) -> None:
-        """Order functional frameworks' next work after what the native one has enqueued."""
+    def after_native(self, *, wrote: bool = True) -> None:
+        """Note that a piece of native work ends here, as far as it is enqueued."""
 
-    def before_functional(self) -> None:
+    def view_out(self) -> None:
+        """Note that a native view goes out, which may be read and written from here on."""
+
+    def before_functional(self, *, writes: bool = True) -> None:
         """Order a functional framework's next work after native work enqueued until now."""
+
+    def functional_wrote(self) -> None:
+        """Note a write by a functional framework that a user started, after its last access."""
+
+    def wait_result(self, array: Any, pending: Callable[[], None]) -> None:
+        """Order native work after one functional array, which `pending` waits for on the host."""
+        pending()
+
+    @contextmanager
+    def for_host(self, pending: Callable[[], None], result: Any | None) -> Iterator[None]:
+        """Enter what copying to the host needs around it, ordered after the memory's producers."""
+        self.before_native(pending, result, writes=False)
+        yield
 
 
 class Backend(ABC):
@@ -150,6 +198,16 @@ class Backend(ABC):
     @abstractmethod
     def copy_across(self, destination: Any, source: Any) -> None:
         """Copy between two arrays of this framework, on any of its devices, in place."""
+
+    def enqueue_copy(self, destination: Any, source: Any) -> None:
+        """Copy as `copy_in` or `copy_across` do, without waiting where the framework can.
+
+        `source`, a host array or one of the framework, stays alive until the copy is done.
+        """
+        if isinstance(source, np.ndarray) and not self.owns(source):
+            self.copy_in(destination, source)
+        else:
+            self.copy_across(destination, source)
 
     # --- exchange ----------------------------------------------------------------------------
 
@@ -241,12 +299,16 @@ class Backend(ABC):
         """Tell whether two arrays of this framework may share memory."""
         return True
 
-    def order(self, device: Device) -> Order:
-        """Give the ordering of native work on a device."""
+    def order(self, device: Device, memory: Any) -> Order:
+        """Give the ordering of native work on an array that a Buffer is made of."""
         return Order()
 
-    def stream(self, device: Device) -> Any:
-        """Give a `CommandStream` for a device."""
+    def version_of(self, view: Any) -> Callable[[], int]:
+        """Give what counts the writes through a view, as far as the framework knows of them."""
+        return int
+
+    def stream(self, device: Device, *, side: bool = False, order: str | None = None) -> Any:
+        """Give a `CommandStream` for a device; see `rlx_driver.command_stream`."""
         from rlx_driver.stream import SyncStream
 
         return SyncStream()

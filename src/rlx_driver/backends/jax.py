@@ -431,15 +431,28 @@ class JaxBackend(FunctionalBackend):
         """Copy a NumPy array: a jitted call reads it after the call has returned."""
         return np.array(value) if isinstance(value, np.ndarray) else value
 
-    def gpu_stream(self, index: int) -> int | None:
-        """Give the raw handle of JAX's compute stream on a CUDA device, or None."""
+    def gpu_stream(self, index: int) -> tuple[int | None, str]:
+        """Give the raw handle of JAX's compute stream on a CUDA device, or None; and why."""
         try:
             device = jax.local_devices(backend="cuda")[index]
         except (RuntimeError, IndexError):
-            return None
+            return None, f"JAX does not run on cuda:{index}"
         return _jax_stream.compute_stream(device)
 
-    def stream(self, device: Device) -> Any:
+    def wait_on_device(self, device: Device, event: Any) -> bool:
+        """Make programs on a device come after an event; False where only the host can wait."""
+        arrays = getattr(event, "arrays", None)
+        if arrays is not None:  # JAX orders its own programs on one device
+            return bool(arrays) and all(self.device_of(array) == device for array in arrays)
+        if device.kind != "cuda" or event.device.kind != "cuda":
+            return False
+        streams = registry.get("torch").streams(device)  # type: ignore[attr-defined]
+        theirs = streams.functional()
+        if theirs is not None:
+            streams.wait_event(theirs, event.native)
+        return theirs is not None
+
+    def stream(self, device: Device, *, side: bool = False, order: str | None = None) -> Any:
         """Give a stream that tracks arrays."""
         from rlx_driver.stream import JaxStream
 

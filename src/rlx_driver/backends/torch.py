@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext, suppress
+import operator
+from collections import deque
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import array_api_compat.torch
 import numpy as np
 import torch
 
-from rlx_driver.backends._cuda_order import CudaOrder
+from rlx_driver._ledger import ledger
+from rlx_driver.backends._cuda_graph import capturing
+from rlx_driver.backends._cuda_streams import CudaStreams, forced_way, way_of
 from rlx_driver.backends._numpy_pointer import pointer
 from rlx_driver.backends._torch_tensors import (
     CARRIER,
@@ -30,17 +34,19 @@ from rlx_driver.backends.base import (
     Backend,
     Obstacle,
     Order,
+    Recording,
     accounting,
     require_memory,
     row_major_strides,
 )
+from rlx_driver.backends.stream_order import Sharing, StreamOrder, Way
 from rlx_driver.device import Device, MemoryInfo
 from rlx_driver.dtypes import info
-from rlx_driver.errors import OutOfDeviceMemory, UnknownFrameworkError, ZeroCopyError
+from rlx_driver.errors import CaptureError, OutOfDeviceMemory, UnknownFrameworkError, ZeroCopyError
 from rlx_driver.registry import registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import ModuleType
 
 __all__ = ["TorchBackend"]
@@ -50,6 +56,7 @@ _GPU_KIND = "rocm" if torch.version.hip else "cuda"
 _KIND = {"cpu": "cpu", "cuda": _GPU_KIND, "mps": "metal"}
 _TYPE = {"cpu": "cpu", "cuda": "cuda", "rocm": "cuda", "metal": "mps"}
 
+_version = operator.attrgetter("_version")
 _private_increment = getattr(torch._C, "_increment_version", None)
 
 
@@ -74,6 +81,10 @@ class TorchBackend(Backend):
     name: ClassVar[str] = "torch"
     packages: ClassVar[tuple[str, ...]] = ("torch",)
     kinds: ClassVar[tuple[str, ...]] = ("cuda", "rocm", "metal")
+
+    def __init__(self) -> None:
+        self._streams: dict[int, CudaStreams] = {}
+        self._kept: deque[tuple[Any, Any]] = deque()
 
     def devices(self, kind: str) -> list[Device]:
         """List the GPUs that torch can use, and the host."""
@@ -161,11 +172,28 @@ class TorchBackend(Backend):
         return typed.reshape(shape)
 
     def copy_in(self, destination: torch.Tensor, source: np.ndarray[Any, Any]) -> None:
-        """Copy host memory into a tensor in place, on the current stream; blocks for pageable."""
+        """Copy host memory into a tensor in place, on the current stream; blocks."""
+        if destination.is_cuda:
+            _require_no_capture("a copy from the host")
         self.copy_across(destination, self.share(source, _host_facts(source)))
+
+    def enqueue_copy(self, destination: torch.Tensor, source: Any) -> None:
+        """Copy without waiting, where the host memory is pinned."""
+        if not destination.is_cuda:
+            super().enqueue_copy(destination, source)
+            return
+        _require_no_capture("a copy from the host")
+        if isinstance(source, np.ndarray):
+            source = self.share(source, _host_facts(source))
+        with torch.no_grad():
+            destination.copy_(source, non_blocking=True)
+        stream = torch.cuda.current_stream(destination.device)
+        self.keep_alive(self.record_event(stream, timing=False), source)
 
     def copy_out(self, array: torch.Tensor) -> np.ndarray[Any, Any]:
         """Copy a tensor to new host memory; blocks until it is there."""
+        if array.is_cuda:
+            _require_no_capture("a copy to the host")
         # reshape: a zero-stride or transposed tensor becomes compact on its device first
         plain = array.detach().resolve_conj().resolve_neg().contiguous()
         return self.numpy_of(plain.to("cpu", copy=True))
@@ -312,23 +340,65 @@ class TorchBackend(Backend):
     # itself, for it is on the hot path.
     mark_written = staticmethod(probe_increment())  # type: ignore[assignment]
 
-    def order(self, device: Device) -> Order:
-        """Order by torch's current stream on CUDA."""
-        return CudaOrder(device) if device.kind == "cuda" else Order()
+    def version_of(self, view: torch.Tensor) -> Callable[[], int]:
+        """Give the count by which autograd notices writes; raw pointers escape it."""
+        return functools.partial(_version, view)
 
-    def stream(self, device: Device) -> Any:
+    def order(self, device: Device, memory: torch.Tensor) -> Order:
+        """Order by torch's streams on CUDA."""
+        if device.kind != "cuda":
+            return Order()
+        return StreamOrder(self.streams(device), memory)
+
+    def streams(self, device: Device) -> CudaStreams:
+        """Give the streams of a CUDA device."""
+        found = self._streams.get(device.index)
+        if found is None:
+            found = self._streams.setdefault(device.index, CudaStreams(device.index))
+        return found
+
+    def stream(self, device: Device, *, side: bool = False, order: str | None = None) -> Any:
         """Give a stream of torch; on the host work is synchronous."""
         from rlx_driver.stream import SyncStream, TorchStream
 
-        return SyncStream() if device.is_host else TorchStream(device)
+        return SyncStream() if device.is_host else TorchStream(device, side=side, order=order)
+
+    # --- what TorchStream is made of
 
     def new_stream(self, device: Device) -> torch.cuda.Stream | None:
         """Make a stream; Metal has only its one queue."""
         return None if device.kind == "metal" else torch.cuda.Stream(_place(device))
 
-    def using_stream(self, stream: torch.cuda.Stream | None) -> AbstractContextManager[Any]:
-        """Make a stream the current one."""
-        return nullcontext() if stream is None else torch.cuda.stream(stream)
+    @contextmanager
+    def using_stream(self, stream: torch.cuda.Stream | None, order: Way | None) -> Iterator[None]:
+        """Make a stream the current one, and a way of ordering the one in force."""
+        with forced_way(order), nullcontext() if stream is None else torch.cuda.stream(stream):
+            yield
+
+    way_of = staticmethod(way_of)
+
+    def sharing(self, device: Device, wanted: Way | None, *, adopts: bool) -> Sharing:
+        """Say how torch and JAX are ordered on a device under a stream."""
+        if device.kind != "cuda":
+            return Sharing(None, None, "JAX and torch share no memory here")
+        found = self.streams(device).sharing(load=True)
+        if found.way is None or found.way is Way.HOST:
+            return found
+        if wanted is not None:
+            return Sharing(wanted, found.stream, "asked for by order=")
+        if not adopts and found.way is Way.SHARED:
+            return Sharing(Way.EVENTS, found.stream, "a stream apart from JAX's")
+        return found
+
+    def order_after(self, device: Device, stream: torch.cuda.Stream, array: Any) -> None:
+        """Make a stream wait for a JAX array, on the device where it can."""
+        streams = self.streams(device)
+        theirs = streams.functional()
+        if theirs is None:
+            ledger.count_host_wait()
+            registry.get("jax").wait(array)  # type: ignore[attr-defined]
+        elif stream.cuda_stream != theirs:
+            streams.wait_result(stream.cuda_stream, array)
 
     def synchronize(self, device: Device, stream: torch.cuda.Stream | None) -> None:
         """Block until the work of a stream is done."""
@@ -336,6 +406,56 @@ class TorchBackend(Backend):
             torch.mps.synchronize()
         else:
             stream.synchronize()
+        self.keep_alive()
+
+    def device_of_stream(self, stream: Any) -> Device | None:
+        """Tell whose stream or event an object of torch is; None for any other object."""
+        if isinstance(stream, (torch.cuda.Stream, torch.cuda.Event)):
+            index = getattr(stream.device, "index", None)
+            return Device(_GPU_KIND, torch.cuda.current_device() if index is None else index)
+        return None
+
+    def record_event(self, stream: torch.cuda.Stream | None, *, timing: bool = True) -> Any:
+        """Record an event on a stream."""
+        if stream is None:
+            event = torch.mps.event.Event(enable_timing=timing)
+            event.record()
+            return event
+        event = torch.cuda.Event(enable_timing=timing)
+        event.record(stream)
+        return event
+
+    def wait_event(self, stream: torch.cuda.Stream | None, event: Any) -> None:
+        """Make a stream wait on the device for an event, or for all of another stream."""
+        if stream is None:
+            event.wait()
+        elif isinstance(event, torch.cuda.Stream):
+            stream.wait_stream(event)
+        else:
+            stream.wait_event(event)
+
+    @contextmanager
+    def capturing(self, device: Device) -> Iterator[tuple[torch.cuda.CUDAGraph, Recording]]:
+        """Record torch work of this thread as a CUDA graph."""
+        with capturing(self.streams(device), device.index) as captured:
+            yield captured
+
+    def keep_alive(self, event: Any = None, *objects: Any) -> None:
+        """Keep objects until an event is done, and let go of those whose event is."""
+        if objects:
+            self._kept.append((event, objects))
+        for _ in range(len(self._kept)):
+            kept = self._kept.popleft()
+            if not kept[0].query():
+                self._kept.append(kept)
+
+
+def _require_no_capture(what: str) -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise CaptureError(
+            f"{what} was asked for inside a capture, where the host cannot take part: do it before "
+            "or after. Nothing was changed"
+        )
 
 
 def _normal_mode() -> AbstractContextManager[Any]:
