@@ -27,7 +27,8 @@ class Actor:
     def __init__(self, name):
         self._calls = queue.SimpleQueue()
         self.name = name
-        threading.Thread(target=self._run, name=name, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
 
     def _run(self):
         while True:
@@ -51,9 +52,8 @@ class Actor:
 
     def ask(self, scope):
         """Start to enter a scope, and see that it has to wait."""
-        waiting = len(_locks.sleepers)
         future = self.start(scope.__enter__)
-        until(lambda: len(_locks.sleepers) > waiting or future.done())
+        until(lambda: future.done() or self._thread.ident in [r.thread for r in _locks.sleepers])
         assert not future.done(), future
         return future
 
@@ -99,9 +99,9 @@ def assert_free(*all_buffers):
         assert access.waiting == []
         assert not access.readers
         assert access.writer == 0
+        Actor("visitor").do(b.copy_from, b.numpy() + 1)
         assert access.native_ready
         assert access.functional_ready
-        Actor("visitor").do(b.copy_from, b.numpy() + 1)
 
 
 @pytest.fixture(autouse=True)
@@ -169,7 +169,7 @@ def test_a_writer_that_gives_back_does_not_get_ahead_of_the_line():
 
     def back_and_again():
         scope.__exit__(None, None, None)
-        with pytest.raises(rlx.AccessTimeoutError, match="a writer.*'actor 1'"):
+        with pytest.raises(rlx.AccessTimeoutError, match=r"a writer.*'actor 1'"):
             b.write("numpy", timeout=0).__enter__()
 
     first.do(back_and_again)
@@ -258,7 +258,7 @@ def test_a_scope_gets_in_beside_a_loop_of_updates(framework, kind):
     with looping(update):
         for _ in range(rounds):
             seen = updates
-            until(lambda: updates > seen)
+            until(lambda seen=seen: updates > seen)
             with getattr(b, kind)("numpy", timeout=DEADLINE):
                 pass
     # An update that has begun to ask when the scope does may come first, but not one after it.
@@ -303,8 +303,8 @@ def test_two_buffers_are_got_beside_threads_that_hammer_one_each():
         for _ in range(rounds):
             with rlx.write([a, b], "numpy", timeout=2):
                 pass
-    # A step may just have begun when the pair stands in line. None begins after that.
-    assert passed <= rounds / 5
+    # Each may have got its turn just before the pair stood in line, and none gets another one.
+    assert passed <= 2 * rounds
     assert_free(a, b)
 
 
@@ -325,7 +325,7 @@ def test_what_comes_free_is_kept_for_a_request_over_several(intrude):
     got = pair.ask(both)
     on_b.leave(sb)
     assert not got.done()
-    with pytest.raises(rlx.AccessTimeoutError, match="1 who asked for it before.*'actor 2'"):
+    with pytest.raises(rlx.AccessTimeoutError, match=r"1 who asked for it before.*'actor 2'"):
         intruder.do(intrude, b)
     on_a.leave(sa)
     got.result(DEADLINE)
@@ -587,7 +587,7 @@ def test_trying_without_waiting_closes_no_circle():
     waiting.enter(on_b)
     trying.enter(on_a)
     got = waiting.ask(a.write("numpy"))
-    with pytest.raises(rlx.AccessTimeoutError, match="a writer.*'actor 0'"):
+    with pytest.raises(rlx.AccessTimeoutError, match=r"a writer.*'actor 0'"):
         trying.enter(b.write("numpy", timeout=0))
     with pytest.raises(rlx.StaleViewError, match="never end"):
         trying.enter(b.write("numpy", timeout=DEADLINE))
@@ -619,10 +619,9 @@ def test_a_request_that_gave_up_leaves_nothing_behind():
     holding, giving_up = actors(2)
     scope = b.write("numpy")
     holding.enter(scope)
+    said = r"a writer \(thread 'actor 0'\)\. Nothing was changed"
     for timeout in (0, 0.01, -1):
-        with pytest.raises(
-            rlx.AccessTimeoutError, match="a writer.*'actor 0'.*Nothing was changed"
-        ):
+        with pytest.raises(rlx.AccessTimeoutError, match=said):
             giving_up.enter(rlx.write([a, b, c], "numpy", timeout=timeout))
         assert_free(a, c)
     holding.leave(scope)
@@ -643,38 +642,41 @@ def test_those_behind_a_request_that_gave_up_go_on():
     results([got_a, got_b, got_c])
 
 
-def interrupt_main():
-    signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
-
-
-@pytest.mark.parametrize("too_late", [False, True], ids=["waiting", "granted meanwhile"])
-def test_an_interrupted_request_leaves_nothing_behind(too_late):
+@pytest.mark.parametrize("granted", [False, True], ids=["waiting", "granted meanwhile"])
+def test_an_interrupted_request_leaves_nothing_behind(granted):
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("only the main thread is interrupted")
     a, b = buffers(2)
     holding, interrupting = actors(2)
     scope = b.write("numpy")
     holding.enter(scope)
+    arrived = threading.Event()
 
     def interrupted(*_):
-        if too_late:
+        if arrived.is_set():
+            return
+        arrived.set()
+        if granted:
             holding.leave(scope)
             assert b._access.writer == threading.get_ident()
         raise KeyboardInterrupt
 
     def interrupt():
         until(lambda: in_line(b))
-        interrupt_main()
+        # Python misses a signal that comes just before the wait begins.
+        while not arrived.wait(0.05):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
 
     before = signal.signal(signal.SIGUSR1, interrupted)
     try:
-        interrupting.start(interrupt)
+        done = interrupting.start(interrupt)
         with pytest.raises(KeyboardInterrupt):
             rlx.write([a, b], "numpy", timeout=DEADLINE).__enter__()
+        done.result(DEADLINE)
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert_free(a)
-    if not too_late:
+    if not granted:
         holding.leave(scope)
     assert_free(a, b)
 

@@ -478,3 +478,25 @@ def test_the_private_way_to_raise_a_version_counter_is_probed():
         before = t._version
         increment([t])
         assert t._version == before + 1
+
+
+def slow_double(x):
+    return slow_read(x) * 2
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_a_view_first_made_by_a_scope_is_ordered_once_it_is_handed_out(framework):
+    def is_right(ordered):
+        b = ones()
+        with b.write(framework) as view:
+            view[...] = 1
+        held = getattr(b, framework)()
+        b.update(slow_double, ordered=ordered)
+        early = float(held[-1, -1])
+        assert float(b.array(framework)[-1, -1]) == 2
+        return early == 2
+
+    warm_up()
+    is_right(True)
+    assert ever(lambda: not is_right(False)), "the control shows no race"
+    assert all(is_right(True) for _ in range(10))

@@ -107,7 +107,7 @@ class UpdateMixin:
         try:
             old = lease.array
             pending = access.pending
-            settled = access.synchronous or access.order.is_settled(functional=True)
+            settled = access.synchronous or access.order.is_shared()
             if (
                 access.handed
                 or (pending is not lease and pending is not None)
@@ -115,8 +115,9 @@ class UpdateMixin:
                 or old is None
             ):
                 old = _ready_lease(self, access, lease, backend)
-            elif access.version is not None:
-                access.note_fresh(lease)  # which the result will be
+            elif (version := access.version) is not None:
+                # The result comes after what torch has written: `Access.note_fresh`, spelled out.
+                lease.as_of = version() - access.epoch + access.native_writes
             try:
                 new, aux = program(old, *args)
             except BaseException as error:

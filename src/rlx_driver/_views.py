@@ -106,7 +106,7 @@ class ViewsMixin:
         if (
             lease is not None
             and (array := lease.handed) is not None
-            and ((access := self._access).functional_ready or access.is_settled(functional=True))
+            and ((access := self._access).functional_ready or access.is_shared())
             and lease.clean()
             and not lease.is_dead(array)
             and (access.functional_ready or self._is_current(lease))
@@ -157,7 +157,7 @@ class ViewsMixin:
             if not access.synchronous:
                 access.functional_ready = False
         if access.native_ready:
-            return self._view_of(target)
+            return self._handed_out(target, self._view_of(target))
         acquire((), [access])
         try:
             with access.lock:
@@ -166,7 +166,7 @@ class ViewsMixin:
                 access.view_out()
         finally:
             release((), [access])
-        return view
+        return self._handed_out(target, view)
 
     def _view_of(self, target: Backend | ModuleType) -> Any:
         """Give the cached view of a mutable framework, or make it."""
@@ -191,10 +191,15 @@ class ViewsMixin:
         elif not target.is_pristine(view):
             view = target.renewed(view)
         self._views[key] = view
-        if key == "numpy":
-            self._numpy = view
-        elif key == "torch":
-            self._torch = view
+        return view
+
+    def _handed_out(self, target: Backend | ModuleType, view: Any) -> Any:
+        """Keep a view for the fast returns: not one of a scope, which nobody orders later."""
+        if isinstance(target, Backend) and self._views.get(target.name) is view:
+            if target.name == "numpy":
+                self._numpy = view
+            elif target.name == "torch":
+                self._torch = view
         return view
 
     def _made_view(self, target: Backend | ModuleType) -> Any:

@@ -190,13 +190,22 @@ class Access:
 
     # --- order
 
-    def is_settled(self, *, functional: bool = False) -> bool:
-        """Tell, on a device with streams, whether an access has nothing to wait for."""
+    def is_settled(self) -> bool:
+        """Tell, on a device with streams, whether a native access has nothing to wait for."""
         return (
             not self.synchronous
             and self.state == "open"
             and not self.writer
-            and self.order.is_settled(functional=functional)
+            and self.order.is_settled()
+        )
+
+    def is_shared(self) -> bool:
+        """Tell, on a device with streams, whether a functional access has nothing to wait for."""
+        return (
+            not self.synchronous
+            and self.state == "open"
+            and not self.writer
+            and self.order.is_shared()
         )
 
     def is_recording(self) -> bool:

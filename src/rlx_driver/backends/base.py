@@ -77,8 +77,12 @@ class Order:
         """Give the capture of a graph that the calling thread is in."""
         return None
 
-    def is_settled(self, *, functional: bool = False) -> bool:
-        """Tell whether the next access has nothing to wait for, on a device with streams."""
+    def is_settled(self) -> bool:
+        """Tell whether a native access has nothing to wait for, on a device with streams."""
+        return False
+
+    def is_shared(self) -> bool:
+        """Tell whether a functional access has nothing to wait for, on a device with streams."""
         return False
 
     def before_native(

@@ -142,11 +142,13 @@ class StreamOrder(Order):
         """Give the capture that the calling thread is in."""
         return self._streams.recording()
 
-    def is_settled(self, *, functional: bool = False) -> bool:
-        """Tell whether the next access comes after everything, as the streams are."""
-        return bool(
-            self._streams.current() == (self._shared_on if functional else self._settled_on)
-        )
+    def is_settled(self) -> bool:
+        """Tell whether native work on the current stream comes after everything by itself."""
+        return bool(self._streams.current() == self._settled_on)
+
+    def is_shared(self) -> bool:
+        """Tell whether the current stream is the functional one, and nothing is elsewhere."""
+        return bool(self._streams.current() == self._shared_on)
 
     def before_native(
         self, pending: Callable[[], None], result: Any | None, *, writes: bool = True
