@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.harness import RESULTS, machine, report
 
 SUITES = {
-    "cpu": ("import", "views", "exchange", "update", "tree"),
+    "cpu": ("import", "views", "exchange", "update", "tree", "fence"),
     "cuda": ("cuda", "order"),
 }
 

@@ -193,6 +193,8 @@ class Driver:
         self.held: dict[tuple[int, str], Any] = {}
         for i, handle in enumerate(self.handles):
             handle.copy_from(pattern(self.side, i).astype(handle.dtype))
+            for by in (*place.natives, "jax") if program.viewed else ():
+                self._view(i, by, "fresh")
 
     def close(self) -> None:
         self.held.clear()

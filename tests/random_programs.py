@@ -165,10 +165,12 @@ class Program:
     dtypes: tuple[str, ...]
     side: int
     owner: str = "native"  # of the memory; or jax
+    viewed: bool = False  # views of every handle are taken before the first operation, and held
     ops: tuple[Op, ...] = field(default=())
 
     def __repr__(self) -> str:
         head = f"Program(\n    dtypes={self.dtypes}, side={self.side}, owner={self.owner!r},"
+        head += f" viewed={self.viewed},"
         lines = "".join(f"\n        {op!r}," for op in self.ops)
         return f"{head}\n    ops=({lines}\n    ),\n)"
 
@@ -203,13 +205,17 @@ class _Draw:
         self.known = [_Known() for _ in range(handles)]
         self.cuda, self.streams = cuda, streams
         self.natives = ("torch",) if cuda else ("numpy", "torch")
+        self.last = 0
 
     def one(self, options: Any) -> Any:
         """Choose one; the first is the simplest."""
         return options[self.choose(len(options))]
 
     def handle(self, *without: int) -> int:
-        return int(self.one([i for i in range(len(self.known)) if i not in without]))
+        """Choose a handle, often the one before: hazards are between neighbours."""
+        if self.last in without or self.choose(2):
+            self.last = self.one([i for i in range(len(self.known)) if i not in without])
+        return self.last
 
     def handles(self) -> tuple[int, ...]:
         first = self.handle()
@@ -232,7 +238,7 @@ class _Draw:
         if by == "jax":
             hows += ["held"] * (known.taken == "live")
         elif by in known.out and place["stream"] in known.settled:
-            hows += ["held", "held"]
+            hows += ["held"] * 3
         how = self.one(hows)
         native = by in self.natives or by == "host"
         part = self.one(range(PARTS if native else COLUMNS)) if how != "held" else WHOLE
@@ -309,7 +315,7 @@ class _Draw:
             known.written(place["stream"], ordered and (by != "jax" or bool(known.out)))
         for i in others:
             self.known[i].lent = self.known[i].lent or by == "jax"
-        heavy = (by == "jax" or self.cuda) and self.choose(2) == 1
+        heavy = (by == "jax" or self.cuda) and self.choose(3) > 0
         alone = by == "jax" and len(handles) == 1 and argument is None
         jitted = self.one(("", "", "donating", "plain")) if alone else ""
         return Update(
@@ -353,7 +359,7 @@ class _Draw:
         place = self.place(*handles)
         for i in handles:
             self.known[i].written(place["stream"], bool(self.known[i].out))
-        return Commit(handles=handles, k=self.k(), heavy=self.choose(2) == 1, **place)
+        return Commit(handles=handles, k=self.k(), heavy=self.choose(3) > 0, **place)
 
     def dead(self) -> Op | None:
         found = [i for i, known in enumerate(self.known) if known.taken == "dead"]
@@ -379,13 +385,17 @@ def draw(
     dtypes = tuple(DTYPES[choose(2)] for _ in range(2 + choose(3)))
     owner = "jax" if not cuda and choose(4) == 3 else "native"
     drawing = _Draw(choose, len(dtypes), cuda, streams)
+    viewed = choose(2) == 1
+    if viewed:
+        for known in drawing.known:
+            known.out, known.settled, known.taken = set(drawing.natives), {0}, "live"
     ops = []
     for _ in range(6 + choose(longest - 5)):
         kind = choose(len(KINDS) + 1)  # 0 is nothing, so that hypothesis can leave one out
         op = getattr(drawing, KINDS[kind - 1])() if kind else None
         if op is not None:
             ops.append(op)
-    return Program(dtypes=dtypes, side=side, owner=owner, ops=tuple(ops))
+    return Program(dtypes=dtypes, side=side, owner=owner, viewed=viewed, ops=tuple(ops))
 
 
 # --- what it must show ---------------------------------------------------------------------------

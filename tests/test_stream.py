@@ -342,6 +342,8 @@ class TestJaxStream:
 class Failing:
     """A JAX array whose computation fails on its device, at a moment that a test can choose."""
 
+    __module__ = "jax"  # so that it is taken for one of the framework
+
     def __init__(self, done):
         self.done = done
 

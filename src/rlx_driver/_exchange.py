@@ -44,6 +44,8 @@ class Explanation:
         Bytes that a copy would move.
     found
         What the array is.
+    order
+        For a Buffer, how its accesses by several frameworks are ordered; else empty.
     """
 
     target: str
@@ -51,6 +53,7 @@ class Explanation:
     obstacle: Obstacle | None
     byte_size: int
     found: str
+    order: str = ""
 
     @property
     def reason(self) -> str | None:
@@ -67,7 +70,8 @@ class Explanation:
 
     def __str__(self) -> str:
         if self.obstacle is None:
-            return f"{self.found} to {self.target}: shares its memory"
+            order = f"; {self.order}" if self.order else ""
+            return f"{self.found} to {self.target}: shares its memory{order}"
         effect = (
             f"would be copied ({self.byte_size:,} bytes)"
             if self.obstacle.copyable
@@ -170,7 +174,9 @@ def explain(x: Any, framework: str | ModuleType) -> Explanation:
     found = f"{facts.dtype.name} {kind} of shape {facts.shape} on {facts.device}"
     if facts.obstacle is not None:
         found = f"{kind} of shape {facts.shape}"
-    return Explanation(name_of(target), obstacle is None, obstacle, facts.byte_size, found)
+    access = getattr(x, "_access", None) if describe is not None else None
+    order = "" if access is None else f"order: {access.order.explain()}"
+    return Explanation(name_of(target), obstacle is None, obstacle, facts.byte_size, found, order)
 
 
 def _exchange(

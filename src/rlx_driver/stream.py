@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, runtime_checkable
 
+from rlx_driver import _pytree
 from rlx_driver._ledger import ledger
 from rlx_driver.backends.base import FunctionalBackend
 from rlx_driver.device import Device
@@ -151,12 +152,14 @@ class _Stream:
         Finished and donated ones are let go; one that has failed by now poisons the stream.
         """
         fresh = []
-        for backend in list(registry.loaded.values()):
-            if isinstance(backend, FunctionalBackend):
-                for leaf in backend.flatten(arrays)[0]:
-                    if backend.owns(leaf) and backend.may_cache(leaf):  # traced values do no work
-                        fresh.append((backend, leaf))
-                        self._track_functional(leaf)
+        # JAX's own trees count once it is in use; asking for them would start it.
+        flatten = _pytree.functions()[0] if "jax" in registry.loaded else _pytree.flatten
+        for leaf in flatten(arrays)[0]:
+            backend = registry.for_array(leaf)
+            # A traced value does no work.
+            if isinstance(backend, FunctionalBackend) and backend.may_cache(leaf):
+                fresh.append((backend, leaf))
+                self._track_functional(leaf)
         self._tracked = self._pending(self._tracked + fresh)
         self._keep(arrays)
 

@@ -156,6 +156,10 @@ class CudaStreams(Streams):
             return None
         return self.stream(sharing.stream)
 
+    def explain(self) -> str:
+        """Say which way is in force, and why."""
+        return str(self.sharing(load=True))
+
     def functional(self) -> int | None:
         """Give JAX's compute stream; None when hidden, or when the host is to wait."""
         if _forced.get() is Way.HOST:

@@ -73,6 +73,10 @@ class Order:
     synchronous: ClassVar[bool] = True
     """Whether memory is settled for every framework once pending results are waited for."""
 
+    def explain(self) -> str:
+        """Say in words how frameworks are ordered here."""
+        return "the host waits for results that are on their way"
+
     def recording(self) -> Recording | None:
         """Give the capture of a graph that the calling thread is in."""
         return None

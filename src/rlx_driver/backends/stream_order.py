@@ -107,6 +107,10 @@ class Streams(ABC):
         """Give the capture of a graph that the calling thread is in."""
         return None
 
+    def explain(self) -> str:
+        """Say in words how frameworks are ordered here."""
+        return "host waits" if self.functional() is None else "each stream waits for the other"
+
 
 class StreamOrder(Order):
     """Orders the accesses of one buffer family on one device with streams.
@@ -137,6 +141,10 @@ class StreamOrder(Order):
         self._shared_on: Any = _NOWHERE
         self._in_use_on: Any = _NOWHERE
         self._refresh()
+
+    def explain(self) -> str:
+        """Say in words how frameworks are ordered here."""
+        return self._streams.explain()
 
     def recording(self) -> Recording | None:
         """Give the capture that the calling thread is in."""

@@ -13,7 +13,7 @@ from rlx_driver.device import Device, MemoryInfo
 from rlx_driver.errors import OutOfDeviceMemory
 
 if TYPE_CHECKING:
-    from rlx_driver.testing._scheduler import FakeStream, Mark
+    from rlx_driver.testing._stream import FakeStream, Mark
 
 __all__ = ["AddressSpace", "Allocation", "LiveAllocation"]
 
@@ -125,6 +125,7 @@ class AddressSpace:
         return address, np.full(padded, _GARBAGE, np.uint8)
 
     def _used_before(self, padded: int, stream: FakeStream) -> tuple[int, Bytes] | None:
+        stream.scheduler.run()  # past the marks that `_give_back` has set
         for free in list(self._free):
             if (
                 free.memory.size == padded
@@ -139,5 +140,5 @@ class AddressSpace:
         self, address: int, memory: Bytes, first: FakeStream, streams: set[FakeStream]
     ) -> None:
         del self._live[address]
-        marks = [stream.mark("the last use of memory") for stream in streams if stream is not first]
-        self._free.append(_Free(address, memory, first, marks))
+        later = [stream.mark_later("the last use") for stream in streams if stream is not first]
+        self._free.append(_Free(address, memory, first, later))

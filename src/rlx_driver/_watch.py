@@ -1,0 +1,187 @@
+"""Watching one array of a functional framework that a user got: is it held, did its bytes change?"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rlx_driver.access import Access, Lease, foreign_thread
+from rlx_driver.transfer import span_of
+
+if TYPE_CHECKING:
+    from rlx_driver._checking import Check
+    from rlx_driver._races import Place
+    from rlx_driver._views import ViewsMixin
+
+__all__ = ["Watch"]
+
+
+class Watch:
+    """One array handed out.
+
+    The user has an alias of the lease's own array, over the same buffer of the framework, so that
+    a weak reference tells when it is let go. Where a framework has no aliases the user has the
+    very array, and references to it are counted instead.
+
+    Parameters
+    ----------
+    buffer, lease, origin
+        Whose array it is, and the lease's own one.
+    place
+        Where it was handed out.
+    check
+        The block that it was handed out in.
+    """
+
+    __slots__ = (
+        "_access",
+        "alias",
+        "check",
+        "expected",
+        "label",
+        "lease",
+        "native",
+        "native_backend",
+        "origin",
+        "place",
+        "span",
+        "told",
+        "written_at",
+    )
+
+    def __init__(
+        self, buffer: ViewsMixin, lease: Lease, origin: Any, place: Place, check: Check
+    ) -> None:
+        self._access = weakref.ref(buffer._access)
+        self.label = buffer._access.label
+        self.lease = lease
+        self.origin = origin
+        self.check = check
+        self.native, self.native_backend = buffer._native, buffer._backend
+        self.span = span_of(buffer._facts)
+        self.place = place
+        self.alias: weakref.ref[Any] | None = None
+        self.expected: int | None = None  # the checksum; None while there is nothing to compare
+        self.written_at: Place | None = None  # the last write by the driver that may have ended it
+        self.told = False  # its missing commit was reported
+
+    @property
+    def access(self) -> Access | None:
+        """The discipline of its memory, while that is alive."""
+        return self._access()
+
+    # --- its life
+
+    def given(self) -> Any | None:
+        """Give the array that the user has, or None when it was let go."""
+        return self.origin if self.alias is None else self.alias()
+
+    def is_dead(self) -> bool:
+        """Tell whether the array was donated or deleted, by the driver or by the user."""
+        return self.lease.is_dead(self.origin)
+
+    def is_held(self, others: int = 0) -> bool:
+        """Tell whether the user holds it; `others` is how many references our callers have."""
+        if self.alias is not None:
+            return self.alias() is not None
+        access = self.access
+        ours = _REFERENCES + others + (self.lease.array is self.origin)
+        if access is not None:
+            ours += sum(array is self.origin for _, array in access.retired)
+        return sys.getrefcount(self.origin) > ours
+
+    def was_given_away(self) -> bool:
+        """Tell whether it was donated, and its lease has no newer array."""
+        return self.lease.array is self.origin and self.is_dead()
+
+    def is_uncommitted(self, holder: int = 0) -> bool:
+        """Tell whether it was given away by the user, who has not committed the result.
+
+        An update by the driver looks like that for a moment, but holds the access meanwhile, and
+        has replaced the array before it gives that back. `holder` is as for `is_changed`.
+        """
+        access = self.access
+        return (
+            access is not None
+            and access.state == "open"
+            and self.was_given_away()
+            and access.writer in (0, holder)
+            and self.was_given_away()
+        )
+
+    def matters(self) -> bool:
+        """Tell whether anything may still be found of it."""
+        return not self.is_dead() or self.is_held() or self.was_given_away()
+
+    def overlaps(self, span: tuple[int, int]) -> bool:
+        """Tell whether its memory overlaps another piece."""
+        return self.span[0] < span[1] and span[0] < self.span[1]
+
+    # --- its bytes
+
+    def remember(self, access: Access) -> None:
+        """Take the checksum, as soon as the value is there."""
+        lease, origin = self.lease, self.origin
+        if access.owner is not None and not self.native_backend.device_of(self.native).is_host:
+            return  # only its owner reaches such memory, so nobody can go round the driver
+        if self.span[0] == self.span[1] or access.is_recording():
+            return
+        try:
+            if foreign_thread() and not lease.backend.is_ready(origin):
+                return  # maybe a callback of the very program that computes it
+            lease.backend.wait(origin)
+            if access.synchronous:
+                self.expected = self.checksum()
+            else:
+                with access.settle_for_host():
+                    self.expected = self.checksum()
+        except Exception:  # its program failed: who looks at the value gets that error
+            self.expected = None
+
+    def checksum(self) -> int:
+        """Give the checksum of the bytes as they are."""
+        native = self.native
+        host = native if isinstance(native, np.ndarray) else self.native_backend.copy_out(native)
+        return zlib.crc32(np.ascontiguousarray(host).reshape(-1).view(np.uint8))
+
+    def is_changed(self, holder: int = 0) -> bool:
+        """Tell whether the bytes changed, and no write by the driver or by a donation did it.
+
+        Parameters
+        ----------
+        holder
+            The thread that calls, when it has the access for writing.
+        """
+        if self.expected is None or self._is_explained():
+            return False
+        access = self.access
+        if access is not None and not access.synchronous and access.is_recording():
+            return False
+        found = self.checksum()
+        # In this order: an update shows as a writer until its donation shows.
+        writer = 0 if access is None else access.writer
+        return found != self.expected and writer in (0, holder) and not self._is_explained()
+
+    def _is_explained(self) -> bool:
+        """Tell whether the bytes may change: it is dead, or so is what a user got in its place."""
+        if self.is_dead():
+            return True
+        newest = self.lease.array
+        return newest is not self.origin and (newest is None or self.lease.is_dead(newest))
+
+
+class _Counted:
+    """Finds how many references `sys.getrefcount` counts for an attribute that nobody else has."""
+
+    def __init__(self) -> None:
+        self.origin = object()
+
+    def count(self) -> int:
+        return sys.getrefcount(self.origin)
+
+
+_REFERENCES = _Counted().count()
