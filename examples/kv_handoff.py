@@ -397,6 +397,12 @@ def report(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run everything, print the report, and return 0 if every check passes."""
     args = parse(argv)
+    with rlx.command_stream(args.device):  # on a GPU: torch and JAX on one stream
+        return demo(args)
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Run the ways in turn, print what came of them, and return 0 if every check passes."""
     device, phases, prompt = args.device, args.phases, args.prompt
     # NumPy sees host memory only; of any other device it gets copies, in the end.
     sharing = [name for name in args.frameworks if name != "numpy" or device.is_host]

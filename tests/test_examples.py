@@ -317,3 +317,14 @@ def test_training_runs_and_writes_what_the_model_reads(tiny_gpt, tmp_path):
     config, params = tiny_gpt.load_params(out)
     assert (config.layers, config.heads, config.head_dim, config.max_seq) == (1, 2, 8, 256)
     assert all(np.isfinite(value).all() for value in params.values())
+
+
+@pytest.mark.jax
+def test_the_example_of_order_is_wrong_by_hand_and_right_through_a_buffer():
+    done = python(EXAMPLES / "order.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"through a Buffer +. 0 of 20", done.stdout), done.stdout
+    by_hand = re.search(r"by hand, no waiting +. (\d+) of 20", done.stdout)
+    assert int(by_hand[1]) > 0, "the control shows no race"
+    assert "handed out at" in done.stdout
+    assert "in checked" in done.stdout

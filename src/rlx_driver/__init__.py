@@ -4,8 +4,11 @@ It owns which device, which bytes, and in which order; the frameworks keep graph
 compilation. torch and JAX are imported the first time something asks for them, never before.
 """
 
+from rlx_driver._checking import check_as_asked as _check_as_asked
+from rlx_driver._checking import checking
 from rlx_driver._exchange import Explanation, exchange, explain
 from rlx_driver._ledger import ledger, no_copies
+from rlx_driver._races import Race
 from rlx_driver.buffer import Buffer
 from rlx_driver.device import Device, MemoryInfo, available_devices
 from rlx_driver.dtypes import DTypeInfo, dtype
@@ -18,6 +21,8 @@ from rlx_driver.errors import (
     DTypeError,
     DuplicateError,
     OutOfDeviceMemory,
+    RaceError,
+    RaceWarning,
     RecompilationWarning,
     ShapeError,
     StaleViewError,
@@ -63,6 +68,10 @@ __all__ = [
     "JaxStream",
     "MemoryInfo",
     "OutOfDeviceMemory",
+    # races
+    "Race",
+    "RaceError",
+    "RaceWarning",
     "RecompilationWarning",
     "ShapeError",
     "StaleViewError",
@@ -74,6 +83,7 @@ __all__ = [
     "UpdateFailedError",
     "ZeroCopyError",
     "available_devices",
+    "checking",
     "command_stream",
     # trees of buffers
     "commit",
@@ -89,3 +99,5 @@ __all__ = [
     "views",
     "write",
 ]
+
+_check_as_asked()

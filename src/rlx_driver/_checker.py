@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlx_driver import _hooks
 from rlx_driver._locks import acquire, release
-from rlx_driver._races import Place, Race, elsewhere, here, user_depth
+from rlx_driver._races import Place, Race, elsewhere, here, raised, user_depth
 from rlx_driver._watch import Watch
 from rlx_driver.access import Access, Lease, alive
 from rlx_driver.backends.base import Backend
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from rlx_driver._checking import Check
     from rlx_driver._views import ViewsMixin
+    from rlx_driver._watch import Writers
 
 __all__ = ["Checker"]
 
@@ -45,9 +46,7 @@ class Checker:
         self.checks: list[Check] = []  # the innermost last
         self._watches: dict[int, Watch] = {}
         self._keys = itertools.count()
-        self._mutable: weakref.WeakKeyDictionary[Access, deque[tuple[Any, Place]]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._writers: weakref.WeakKeyDictionary[Access, Writers] = weakref.WeakKeyDictionary()
         self._unsaid: deque[Race] = deque()
         self._collecting: set[int] = set()
 
@@ -127,7 +126,7 @@ class Checker:
         self, buffer: ViewsMixin, lease: Lease, array: Any, check: Check
     ) -> tuple[Watch, Any]:
         place = here(f"the {lease.backend.name} view was handed out at")
-        watch = Watch(buffer, lease, array, place, check)
+        watch = Watch(buffer, lease, array, place, check, self._writers_of(buffer._access))
         key = next(self._keys)
         alias = lease.backend.alias(array)
         if alias is not array:
@@ -141,10 +140,13 @@ class Checker:
         name = target.name if isinstance(target, Backend) else target.__name__
         place = here(f"a {name} view was handed out at")
         key = (name, [(frame.filename, frame.lineno) for frame in place.stack])
-        known = self._mutable.setdefault(buffer._access, deque(maxlen=_MUTABLE_VIEWS))
-        if all(key != other for other, _ in list(known)):
-            known.append((key, place))
+        writers = self._writers_of(buffer._access)
+        if all(key != other for other, _ in list(writers)):
+            writers.append((key, place))
         self.before_read(buffer)
+
+    def _writers_of(self, access: Access) -> Writers:
+        return self._writers.setdefault(access, deque(maxlen=_MUTABLE_VIEWS))
 
     # --- hooks: accesses
 
@@ -185,9 +187,10 @@ class Checker:
         """List the watches of a memory, and forget those of which nothing can come any more."""
         found = []
         for key, watch in list(self._watches.items()):
-            if watch.access is access and watch.matters():
+            theirs = watch.access
+            if theirs is access and watch.matters():
                 found.append(watch)
-            elif watch.access in (access, None):
+            elif theirs is access or (theirs is None and not watch.is_held()):
                 self._watches.pop(key, None)
         return found
 
@@ -217,8 +220,7 @@ class Checker:
             return
 
     def _found_change(self, watch: Watch) -> None:
-        access = watch.access
-        known = list(self._mutable.get(access, ())) if access is not None else []
+        known = list(watch.writers)
         names = dict.fromkeys(key[0] for key, _ in known)
         places = [place for _, place in known] or [
             elsewhere(
@@ -234,7 +236,12 @@ class Checker:
             self._found(watch, "not committed", (), [])
 
     def _found(
-        self, watch: Watch, kind: str, writers: tuple[str, ...], places: list[Place]
+        self,
+        watch: Watch,
+        kind: str,
+        writers: tuple[str, ...],
+        places: list[Place],
+        noticed_at: Place | None = None,
     ) -> None:
         race = Race(
             watch.label,
@@ -242,7 +249,7 @@ class Checker:
             (watch.lease.backend.name, *writers),
             watch.place,
             tuple(places),
-            here("noticed at"),
+            noticed_at or here("noticed at"),
         )
         watch.check.races.append(race)
         if watch.check.on_race == "warn":
@@ -281,7 +288,8 @@ class Checker:
             watch.check = check
             by_driver = watch.written_at
             place = by_driver or elsewhere("the program itself donated or deleted it")
-            self._found(watch, "stale view", (), [place])
+            used_at = raised("it was used at", error, watch.lease.backend.packages)
+            self._found(watch, "stale view", (), [place], used_at)
         return bool(used)
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from types import FrameType
 
-__all__ = ["Place", "Race", "elsewhere", "here", "text_of", "user_depth"]
+__all__ = ["Place", "Race", "elsewhere", "here", "raised", "text_of", "user_depth"]
 
 _PACKAGE = str(Path(__file__).parent) + os.sep
 _DEPTH = 12
@@ -79,7 +79,7 @@ class Race:
         What may have changed the bytes: mutable views handed out, or the write by the driver that
         made the view stale.
     noticed_at
-        Where the checker noticed.
+        Where the checker noticed, or where a stale view was used.
     """
 
     label: str
@@ -105,13 +105,28 @@ def text_of(races: Sequence[Race]) -> str:
 
 def here(what: str) -> Place:
     """Remember the stack of the program, without our own frames; source lines are read later."""
-    frames = [
-        traceback.FrameSummary(
-            frame.f_code.co_filename, line, frame.f_code.co_name, lookup_line=False
-        )
-        for frame, line in itertools.islice(_users(sys._getframe(1)), _DEPTH)
+    frames = traceback.walk_stack(sys._getframe(1))
+    users = (each for each in frames if not _is_ours(each[0]))
+    return _place(what, list(itertools.islice(users, _DEPTH))[::-1])
+
+
+def raised(what: str, error: BaseException, packages: Sequence[str]) -> Place:
+    """Remember where the program called what raised an error: up to the frames of a package."""
+    frames = []
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if str(frame.f_globals.get("__name__")).partition(".")[0] in packages:
+            break
+        frames.append((frame, line))
+    return _place(what, [each for each in frames if not _is_ours(each[0])][-_DEPTH:])
+
+
+def _place(what: str, frames: Sequence[tuple[FrameType, int]]) -> Place:
+    summaries = [
+        traceback.FrameSummary(code.co_filename, line, code.co_name, lookup_line=False)
+        for frame, line in frames
+        for code in [frame.f_code]
     ]
-    return Place(what, traceback.StackSummary.from_list(frames[::-1]))
+    return Place(what, traceback.StackSummary.from_list(summaries))
 
 
 def elsewhere(what: str) -> Place:
@@ -125,13 +140,6 @@ def user_depth() -> int:
     while frame.f_back is not None and _is_ours(frame):
         depth, frame = depth + 1, frame.f_back
     return depth
-
-
-def _users(frame: FrameType | None) -> Iterator[tuple[FrameType, int]]:
-    while frame is not None:
-        if not _is_ours(frame):
-            yield frame, frame.f_lineno or 0
-        frame = frame.f_back
 
 
 def _is_ours(frame: FrameType) -> bool:

@@ -6,7 +6,7 @@ import weakref
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
-from rlx_driver import _locks
+from rlx_driver import _hooks, _locks
 from rlx_driver._inputs import Inputs, static_positions
 from rlx_driver._landing import inside_trace, land_elsewhere, order_all_after
 from rlx_driver._ledger import ledger
@@ -264,6 +264,8 @@ def _ready_lease(
     keep: Sequence[Lease] = (),
 ) -> Any:
     """Give the array to donate, with everything else ordered before it."""
+    if _hooks.checker is not None:
+        _hooks.checker.before_write(access, others=1)
     if not access.synchronous:
         access.order.before_functional()
         access.note_fresh(lease)  # which the result will be

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rlx_driver import _hooks
 from rlx_driver._ledger import ledger
 from rlx_driver._locks import acquire, release
 from rlx_driver._sharing import resolve, share_verified, verify
@@ -147,6 +148,8 @@ class ViewsMixin:
 
     def _mutable_view(self, target: Backend | ModuleType, *, in_scope: bool = False) -> Any:
         access = self._access
+        if _hooks.checker is not None:
+            _hooks.checker.give_mutable(self, target)
         if in_scope:
             return self._view_of(target)
         if self._native is None:
@@ -268,13 +271,15 @@ class ViewsMixin:
                 elif access.native_out and not target.shows_current_bytes(array):
                     access.retire(target, array)
                     array = self._imported(lease)
-                lease.handed = array
+                lease.handed = array if _hooks.checker is None else None
                 access.handed[lease] = None
                 if target.name == "jax":
                     self._jax = lease  # type: ignore[misc]
         finally:
             if not in_scope:
                 release((), [access])
+        if not in_scope and _hooks.checker is not None:
+            return _hooks.checker.hand_out(self, lease, array)
         return array
 
     def _is_current(self, lease: Lease) -> bool:

@@ -1,4 +1,4 @@
-"""Watching one array of a functional framework that a user got: is it held, did its bytes change?"""
+"""One array of a functional framework that a user got: is it held, and have its bytes changed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from rlx_driver.access import Access, Lease, foreign_thread
 from rlx_driver.transfer import span_of
 
 if TYPE_CHECKING:
+    from collections import deque
+
     from rlx_driver._checking import Check
     from rlx_driver._races import Place
     from rlx_driver._views import ViewsMixin
+
+    Writers = deque[tuple[Any, Place]]
 
 __all__ = ["Watch"]
 
@@ -35,6 +39,8 @@ class Watch:
         Where it was handed out.
     check
         The block that it was handed out in.
+    writers
+        The mutable views of its memory that were handed out, to which others are added.
     """
 
     __slots__ = (
@@ -50,17 +56,25 @@ class Watch:
         "place",
         "span",
         "told",
+        "writers",
         "written_at",
     )
 
     def __init__(
-        self, buffer: ViewsMixin, lease: Lease, origin: Any, place: Place, check: Check
+        self,
+        buffer: ViewsMixin,
+        lease: Lease,
+        origin: Any,
+        place: Place,
+        check: Check,
+        writers: Writers,
     ) -> None:
         self._access = weakref.ref(buffer._access)
         self.label = buffer._access.label
         self.lease = lease
         self.origin = origin
         self.check = check
+        self.writers = writers
         self.native, self.native_backend = buffer._native, buffer._backend
         self.span = span_of(buffer._facts)
         self.place = place
@@ -146,7 +160,8 @@ class Watch:
         """Give the checksum of the bytes as they are."""
         native = self.native
         host = native if isinstance(native, np.ndarray) else self.native_backend.copy_out(native)
-        return zlib.crc32(np.ascontiguousarray(host).reshape(-1).view(np.uint8))
+        raw = np.ascontiguousarray(host).reshape(-1).view(np.uint8)
+        return zlib.crc32(raw)  # type: ignore[arg-type]
 
     def is_changed(self, holder: int = 0) -> bool:
         """Tell whether the bytes changed, and no write by the driver or by a donation did it.

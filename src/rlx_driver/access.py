@@ -18,6 +18,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from rlx_driver import _hooks
 from rlx_driver._ledger import ledger
 from rlx_driver.errors import (
     ClosedHandleError,
@@ -60,6 +61,7 @@ class Lease:
     __slots__ = (
         "address",
         "after",
+        "alias",
         "array",
         "as_of",
         "backend",
@@ -80,6 +82,8 @@ class Lease:
         self.address = address
         self.array: Any = None
         self.handed: Any = None
+        # A weak reference to what a user has in place of `array` while races are looked for.
+        self.alias: Callable[[], Any] = _nothing
         # On a device with streams: the writes of others that `array` comes after by itself, so
         # that a copy of it by another stream than the programs' sees them. See `Access.is_fresh`.
         self.as_of = -1
@@ -95,6 +99,10 @@ class Lease:
         self.has_aux = False
         self.static: int | tuple[int, ...] = ()
         self.program: Callable[..., Any] = _nothing
+
+    def is_own(self, array: Any) -> bool:
+        """Tell whether an array is the living one, or stands for it."""
+        return array is self.array or array is self.alias()
 
 
 class Access:
@@ -196,6 +204,7 @@ class Access:
             not self.synchronous
             and self.state == "open"
             and not self.writer
+            and _hooks.checker is None
             and self.order.is_settled()
         )
 
@@ -220,7 +229,9 @@ class Access:
         result, pending = self._pending()
         if result is None and self.synchronous:
             return
-        if self.order.before_native(pending, result, writes=writes) and result is not None:
+        with self.lock:  # readers of several threads order themselves
+            finished = self.order.before_native(pending, result, writes=writes)
+        if finished and result is not None:
             self.pending = None
             self.refresh()
 
@@ -425,6 +436,8 @@ def fence(accesses: Iterable[Access], keep: Sequence[Lease] = ()) -> None:
     for access in accesses:
         if not access.synchronous and access.is_recording():
             continue  # a replay will fence
+        if _hooks.checker is not None:
+            _hooks.checker.before_write(access)
         for lease in access.handed:
             if lease not in keep:
                 if lease.is_dead(lease.array):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlx_driver import dtypes
+from rlx_driver import _hooks, dtypes
 from rlx_driver._exchange import exchange
 from rlx_driver._ledger import ledger
 from rlx_driver._locks import acquire, release
@@ -90,6 +90,8 @@ class Buffer(ViewsMixin, UpdateMixin, SlicesMixin, TransferMixin, InteropMixin):
         derivation: Callable[[Backend, Any], Any] | None = None,
     ) -> None:
         facts = backend.facts(native)
+        if _hooks.checker is not None:
+            _hooks.checker.join(access)
         self._backend = backend
         self._facts = facts
         self._device = facts.device
@@ -378,9 +380,14 @@ class Buffer(ViewsMixin, UpdateMixin, SlicesMixin, TransferMixin, InteropMixin):
             return
         taken = [self._access]
         acquire(taken)
+        checker = _hooks.checker
+        if checker is not None:
+            checker.before_close(self._access)
         self._access.close()
         release(taken)
         self._forget()
+        if checker is not None:
+            checker.announce()  # may raise, as warnings do where they are errors
 
     def _forget(self) -> None:
         self._native = self._numpy = self._torch = self._jax = self._parent = None

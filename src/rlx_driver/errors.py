@@ -5,6 +5,13 @@ Every message says what was asked, what was found, and what to do.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rlx_driver._races import Race
+
 __all__ = [
     "AccessTimeoutError",
     "CaptureError",
@@ -14,6 +21,8 @@ __all__ = [
     "DriverError",
     "DuplicateError",
     "OutOfDeviceMemory",
+    "RaceError",
+    "RaceWarning",
     "RecompilationWarning",
     "ShapeError",
     "StaleViewError",
@@ -91,6 +100,26 @@ class UnboundNameError(DriverError, KeyError):
 
     def __str__(self) -> str:  # KeyError shows the repr of its argument
         return str(self.args[0]) if self.args else ""
+
+
+class RaceError(DriverError, RuntimeError):
+    """Accesses went round the driver, as `rlx_driver.checking` found; `races` lists them.
+
+    Parameters
+    ----------
+    text
+        All that was found.
+    races
+        The same, one by one.
+    """
+
+    def __init__(self, text: str, races: Sequence[Race] = ()) -> None:
+        super().__init__(text)
+        self.races = list(races)
+
+
+class RaceWarning(UserWarning):
+    """An access went round the driver; see `rlx_driver.checking`."""
 
 
 class RecompilationWarning(UserWarning):

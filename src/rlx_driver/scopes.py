@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rlx_driver import _hooks
 from rlx_driver._locks import acquire, release
 from rlx_driver._sharing import resolve
 from rlx_driver.access import Access, fence, written
@@ -62,6 +63,11 @@ class ReadScope(_Scope):
                 arrays = [
                     buffer._functional_view(self._target, in_scope=True) for buffer in self._buffers
                 ]
+                if (checker := _hooks.checker) is not None:
+                    arrays = [
+                        checker.hand_out(buffer, buffer._leases[self._target.name], array)
+                        for buffer, array in zip(self._buffers, arrays, strict=True)
+                    ]
             else:
                 for access in accesses:
                     with access.lock:
@@ -87,6 +93,9 @@ class ReadScope(_Scope):
             if not isinstance(self._target, FunctionalBackend):
                 for access in accesses:
                     access.after_native(wrote=False)
+            elif _hooks.checker is not None:
+                for access in accesses:
+                    _hooks.checker.after_read(access)
         finally:
             release((), accesses)
 

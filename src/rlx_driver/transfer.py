@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlx_driver import dtypes
+from rlx_driver import _hooks, dtypes
 from rlx_driver._exchange import exchange
 from rlx_driver._ledger import ledger
 from rlx_driver._locks import acquire, release
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rlx_driver.buffer import Buffer
     from rlx_driver.device import Device
 
-__all__ = ["TransferMixin", "commit_all"]
+__all__ = ["TransferMixin", "commit_all", "span_of"]
 
 
 class TransferMixin:
@@ -144,7 +144,7 @@ def _put(
     for buffer, x in zip(buffers, values, strict=True):
         if is_adoptable(buffer, x):
             lease = buffer._leases[registry.for_array(x).name]  # type: ignore[union-attr]
-            if x is not lease.array:
+            if not lease.is_own(x):
                 adopted.append((buffer, x, lease))
         else:
             value = _Value(buffer, x, cast)
@@ -217,7 +217,7 @@ def is_adoptable(buffer: Buffer, x: Any) -> bool:
     lease = buffer._leases.get(backend.name)
     if lease is None or lease.array is None:
         return False
-    if x is lease.array:
+    if lease.is_own(x):
         return not lease.is_dead(x)
     if not lease.is_dead(lease.array) or not backend.trace_state_clean():
         return False
@@ -284,15 +284,19 @@ class _Value:
         """
         buffer, source = self.buffer, self.source
         if self.native is not None:
+            if _hooks.checker is not None:
+                _hooks.checker.before_read(self.x)
             array, source = self.native(), self.x._backend
             if source is not buffer._backend and buffer.device.is_host:
                 with self.x._access.settle_for_host():
                     return source.copy_out(array)
             self.x._access.settle(writes=False)
             return source.duplicate(array) if self._is_among(changed) else array
-        own = [lease.array for access in writes for lease in access.leases.values()]
+        own = [lease for access in writes for lease in access.leases.values()]
         if source is not None:
-            if any(self.x is array for array in own) or not _same_place(buffer, self.x, source):
+            if any(lease.is_own(self.x) for lease in own) or not _same_place(
+                buffer, self.x, source
+            ):
                 return source.copy_out(self.x)
             if self._is_among(changed):
                 for access in writes:  # a view that somebody holds may be waiting for a result
@@ -313,15 +317,15 @@ class _Value:
 
     def _is_among(self, changed: Sequence[Buffer]) -> bool:
         """Tell whether the value's memory may overlap that of a buffer."""
-        start, end = _span(self.facts)
+        start, end = span_of(self.facts)
         return any(
             self.facts.device == buffer.device and start < last and first < end
             for buffer in changed
-            for first, last in [_span(buffer._facts)]
+            for first, last in [span_of(buffer._facts)]
         )
 
 
-def _span(facts: ArrayFacts) -> tuple[int, int]:
+def span_of(facts: ArrayFacts) -> tuple[int, int]:
     """Give the first address of an array's memory and the one behind its last."""
     if not facts.num_elements:
         return 0, 0

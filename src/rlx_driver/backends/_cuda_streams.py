@@ -158,7 +158,7 @@ class CudaStreams(Streams):
 
     def explain(self) -> str:
         """Say which way is in force, and why."""
-        return str(self.sharing(load=True))
+        return str(self.sharing())
 
     def functional(self) -> int | None:
         """Give JAX's compute stream; None when hidden, or when the host is to wait."""

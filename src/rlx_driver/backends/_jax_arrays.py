@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlx_driver.backends.base import ArrayFacts, Obstacle, row_major_strides
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["is_dense", "jax_obstacle", "probe_trace_state", "slow_trace_state_clean", "strides_of"]
+__all__ = [
+    "is_dense",
+    "jax_obstacle",
+    "probe_alias",
+    "probe_trace_state",
+    "same_buffer",
+    "slow_trace_state_clean",
+    "strides_of",
+]
 
 
 def probe_trace_state() -> Callable[[], bool]:
@@ -76,6 +86,39 @@ def strides_of(array: Any, itemsize: int) -> tuple[int, ...]:
         strides[axis] = step
         step *= max(array.shape[axis], 1)
     return tuple(strides)
+
+
+def same_buffer(array: Any) -> Any:
+    """Make another array of an array's very buffer, so that a donation of one deletes both.
+
+    `device_put`, ``[:]`` and `addressable_data` will not do: they give the array itself, or one
+    that it keeps.
+    """
+    if array.committed:
+        return jax.make_array_from_single_device_arrays(array.shape, array.sharding, [array])
+    # The public way would commit it to its device. The constructor is private.
+    return type(array)(array.aval, array.sharding, [array], committed=False)
+
+
+def probe_alias(device: Any, fence: Callable[[list[Any]], list[Any]]) -> bool:
+    """Tell whether `same_buffer` does what it says, and its result dies when it is let go."""
+    try:
+        for owner_is_donated in (True, False):
+            for committed in (True, False):
+                host = np.zeros(16, np.float32)
+                array = jax.device_put(host, device if committed else None)
+                let_go: list[Any] = []
+                dropped = same_buffer(array)
+                reference = weakref.ref(dropped, let_go.append)
+                del dropped
+                alias = same_buffer(array)
+                fence([array if owner_is_donated else alias])
+                both = array.is_deleted() and alias.is_deleted()
+                if let_go != [reference] or alias is array or not both:
+                    return False
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return False
+    return True
 
 
 def is_dense(facts: ArrayFacts) -> bool:

@@ -387,6 +387,17 @@ class FunctionalBackend(Backend):
         result lies elsewhere: the caller checks with `is_dead`.
         """
 
+    def alias(self, array: Any) -> Any:
+        """Give another array object over the very same buffer, which lives and dies with it.
+
+        The array itself where the framework has no such thing.
+        """
+        return array
+
+    def is_about(self, error: BaseException, array: Any) -> bool:
+        """Tell whether an error may be the framework's own for using this donated array."""
+        return False
+
     def shows_current_bytes(self, array: Any) -> bool:
         """Tell whether an array has kept no host copy of bytes that others may have changed."""
         return True

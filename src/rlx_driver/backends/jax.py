@@ -13,7 +13,14 @@ import numpy as np
 
 from rlx_driver import dlpack
 from rlx_driver.backends import _jax_dlpack, _jax_stream
-from rlx_driver.backends._jax_arrays import is_dense, jax_obstacle, probe_trace_state, strides_of
+from rlx_driver.backends._jax_arrays import (
+    is_dense,
+    jax_obstacle,
+    probe_alias,
+    probe_trace_state,
+    same_buffer,
+    strides_of,
+)
 from rlx_driver.backends._jax_steps import StepCache
 from rlx_driver.backends._numpy_pointer import pointer
 from rlx_driver.backends.base import (
@@ -72,6 +79,7 @@ class JaxBackend(FunctionalBackend):
         self._private = _jax_dlpack.probe()
         self._steps = StepCache()
         self._leases: dict[str, bool] = {}
+        self._aliases: bool | None = None
         self._lock = threading.Lock()
         self._cpu = jax.devices("cpu")[0]
         self._host_only = jax.default_backend() == "cpu"
@@ -403,6 +411,20 @@ class JaxBackend(FunctionalBackend):
             return list(_fence(arrays))
         # One by one: few programs to compile, however the arrays are combined.
         return [_fence([array])[0] for array in arrays]
+
+    def alias(self, array: Any) -> Any:
+        """Give another array over the same buffer, where a probe has shown that it dies with it."""
+        if self._aliases is None:
+            self._aliases = probe_alias(self._cpu, self.fence)
+        return same_buffer(array) if self._aliases else array
+
+    def is_about(self, error: BaseException, array: Any) -> bool:
+        """Tell by its text; some errors name shape and dtype, and some nothing."""
+        text = str(error)
+        if not isinstance(error, (RuntimeError, ValueError)) or "has been deleted" not in text:
+            return False
+        lengths = ",".join(map(str, array.shape))
+        return "shape=" not in text or f"shape={np.dtype(array.dtype).name}[{lengths}]" in text
 
     def shows_current_bytes(self, array: Any) -> bool:
         """Tell whether an array has not kept the host copy that a fetch from a GPU leaves in it.

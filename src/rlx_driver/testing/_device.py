@@ -88,6 +88,7 @@ class FakeDevice:
             native.name, lambda: native, packages=native.packages, kinds=(self._kind,)
         )
         registry.register(functional.name, lambda: functional, packages=functional.packages)
+        self._machine.functional_name = functional.name
         return self
 
     def __exit__(

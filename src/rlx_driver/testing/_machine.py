@@ -100,6 +100,7 @@ class Machine:
     ) -> None:
         self.devices = [Device(kind, index) for index in range(count)]
         self.way = way
+        self.functional_name = FUNCTIONAL
         self.scheduler = Scheduler(on_host_wait)
         self.failures = Failures()
         self.spaces = {device: AddressSpace(device, memory_size) for device in self.devices}

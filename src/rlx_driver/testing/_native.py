@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
@@ -50,7 +51,7 @@ class FakeArray:
         version: _Version | None = None,
     ) -> None:
         self._machine = machine
-        self._values = values  # work in progress holds these bytes, and not the owner
+        self._values = values  # what work in progress holds, and not the owner
         self._owner = owner
         self._version = version or _Version()
         self.device = device
@@ -83,7 +84,10 @@ class FakeArray:
         )
 
     def __getitem__(self, key: Any) -> FakeArray:
-        return self._part(self._values[(*key, ...) if isinstance(key, tuple) else (key, ...)])
+        values = self._values[key]
+        if not isinstance(values, np.ndarray):  # an array without axes, and no number
+            values = self._values[(*key, ...) if isinstance(key, tuple) else (key, ...)]
+        return self._part(values)
 
     @property
     def T(self) -> FakeArray:  # noqa: N802 - the name that every framework has
@@ -275,13 +279,9 @@ class FakeBackend(StreamsMixin, Backend):
 
     def copy_in(self, destination: FakeArray, source: Values) -> None:
         """Copy a host array in, on the current stream, and wait for it."""
-        self.enqueue_copy_in(destination, source)
-        self._machine.scheduler.current(destination.device).synchronize()
-
-    def enqueue_copy_in(self, destination: FakeArray, source: Values) -> None:
-        """Do the same without waiting: the host array is read late."""
         self._machine.failures.check("copy_in")
         destination.copy_(source, label="copy_in")
+        self._machine.scheduler.current(destination.device).synchronize()
 
     def copy_out(self, array: FakeArray) -> Values:
         """Copy an array to the host, on the current stream, and wait for it."""
@@ -292,6 +292,14 @@ class FakeBackend(StreamsMixin, Backend):
         """Copy between two arrays, on the current streams of their devices."""
         self._machine.failures.check("copy_across")
         destination.copy_(source)
+
+    def enqueue_copy(self, destination: FakeArray, source: Any) -> None:
+        """Copy without waiting: the source, on the host or a device, is kept and read late."""
+        is_host = isinstance(source, np.ndarray)
+        self._machine.failures.check("copy_in" if is_host else "copy_across")
+        destination.copy_(source, label="copy_in" if is_host else "copy_")
+        current = self._machine.scheduler.current(destination.device)
+        self.keep_alive(current.record_event(), source)
 
     def obstacle(self, facts: ArrayFacts) -> Obstacle | None:
         """Nothing but memory of these devices can be shared."""
@@ -321,9 +329,9 @@ class FakeBackend(StreamsMixin, Backend):
         for view in views:
             view._version.count += 1
 
-    def version(self, view: FakeArray) -> int:
-        """Give the count of writes through any array of the memory."""
-        return view._version.count
+    def version_of(self, view: FakeArray) -> Callable[[], int]:
+        """Give what counts the writes through any array of the memory."""
+        return functools.partial(getattr, view._version, "count")
 
     def overlaps(self, first: FakeArray, second: FakeArray) -> bool:
         """Tell whether two arrays may share memory."""

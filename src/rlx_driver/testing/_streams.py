@@ -14,7 +14,7 @@ from rlx_driver.backends.stream_order import Sharing, Streams, Way
 from rlx_driver.errors import StreamError
 from rlx_driver.registry import registry
 from rlx_driver.stream import TorchStream
-from rlx_driver.testing._machine import COMPUTE, FUNCTIONAL, STAGING
+from rlx_driver.testing._machine import COMPUTE, STAGING
 from rlx_driver.testing._memory import Allocation
 from rlx_driver.testing._stream import FakeEvent, FakeStream
 
@@ -39,7 +39,7 @@ class FakeStreams(Streams):
 
     def sharing(self, *, load: bool = False) -> Sharing:
         """Say how the two frameworks are ordered, once the functional one is in use."""
-        if not load and FUNCTIONAL not in registry.loaded:
+        if not load and self._machine.functional_name not in registry.loaded:
             return Sharing(None, None, "the functional framework is not in use")
         if self._machine.way is Way.HOST:
             return Sharing(Way.HOST, None, "the fake device hides its compute stream")
@@ -51,6 +51,10 @@ class FakeStreams(Streams):
         sharing = self.sharing(load=True)
         shared = (wanted or sharing.way) is Way.SHARED
         return sharing.stream if shared else None
+
+    def explain(self) -> str:
+        """Say which way is in force, and why."""
+        return str(self.sharing(load=True))
 
     def functional(self) -> FakeStream | None:
         """Give the compute stream; None where the host is to wait."""

@@ -1,0 +1,968 @@
+"""The promises of order, on a fake device whose streams are held: work runs as late as it may.
+
+Each scenario is run twice. Once by a Buffer, which has to give the right values; and once, as a
+control, by `Raw`: the same memory and the same operations without the driver, which has to give
+wrong ones, for otherwise the scenario would prove nothing.
+
+Where the streams are shared, or wait for events, a host wait for held work raises, so that a test
+which passes shows that the host did not wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+import types
+import weakref
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+import rlx_driver as rlx
+from rlx_driver.registry import registry
+from rlx_driver.testing import FakeDevice, FakeStream, HangError
+from rlx_driver.testing._functional import FakeFunctionalBackend
+from rlx_driver.testing._native import FakeArray, FakeBackend
+from support import gone
+
+NATIVE = "fake"
+FUNCTIONAL = "fake_functional"
+
+
+def plus(x, n=1):
+    return x + n
+
+
+def times(x, n=2):
+    return x * n
+
+
+def plus_one(x):
+    return x + 1
+
+
+def plus_two(x):
+    return x + 2
+
+
+def wrong_shape(x):
+    return x[:1]
+
+
+# --- a Buffer, and the same without a driver -----------------------------------------------------
+
+
+@dataclass
+class Place:
+    """A fake device, the stream that is current on it, and another one."""
+
+    fake: FakeDevice
+    way: str
+    here: FakeStream
+    side: FakeStream
+    methods: bool  # whether arrays are taken by `torch()` and `jax()`, which have fast returns
+
+    @property
+    def compute(self):
+        return self.fake.stream("compute")
+
+    @property
+    def copies(self):
+        return self.fake.stream("copies")
+
+    def buffer(self, values):
+        """A Buffer of these values, with nothing pending."""
+        made = rlx.Buffer.zeros(np.shape(values), "f32", self.fake.device)
+        made.copy_from(np.asarray(values, np.float32))
+        return Methods(made) if self.methods else made
+
+    def raw(self, values):
+        """The same memory, with arrays of both frameworks that nobody orders."""
+        return Raw(self, self.fake.array(np.asarray(values, np.float32)))
+
+    def copied(self, array):
+        """A program of the functional framework that reads an array."""
+        return self.fake.jit(np.copy)(array)
+
+
+class Methods:
+    """A Buffer by its methods `torch` and `jax`, where the fake frameworks have these names."""
+
+    def __init__(self, buffer):
+        self.buffer = buffer
+
+    def array(self, framework):
+        return self.buffer.torch() if framework == NATIVE else self.buffer.jax()
+
+    def write(self, framework):
+        return self.buffer.write(_builtin(framework))
+
+    def read(self, framework):
+        return self.buffer.read(_builtin(framework))
+
+    def update(self, step, *args, framework, **options):
+        args = [arg.buffer if isinstance(arg, Methods) else arg for arg in args]
+        return self.buffer.update(step, *args, framework=_builtin(framework), **options)
+
+    def copy_from(self, other):
+        self.buffer.copy_from(other.buffer if isinstance(other, Methods) else other)
+
+    def to_host(self):
+        return self.buffer.to_host()
+
+    def __getitem__(self, key):
+        return Methods(self.buffer[key])
+
+    def __setitem__(self, key, value):
+        self.buffer[key] = value
+
+
+def _builtin(framework):
+    return {NATIVE: "torch", FUNCTIONAL: "jax"}[framework]
+
+
+class Raw:
+    """One memory and an array of each framework over it, with no order between them."""
+
+    def __init__(self, place, native):
+        self.place, self.native = place, native
+        backend = registry.get(_builtin(FUNCTIONAL) if place.methods else FUNCTIONAL)
+        self.functional = backend.lease(native, None)
+
+    def array(self, framework):
+        return self.native if framework == NATIVE else self.functional
+
+    @contextlib.contextmanager
+    def write(self, framework):
+        yield self.native
+
+    @contextlib.contextmanager
+    def read(self, framework):
+        yield self.array(framework)
+
+    def update(self, step, *args, framework, ordered=True):
+        args = [arg.array(framework) if isinstance(arg, Raw) else arg for arg in args]
+        if framework == NATIVE:
+            step(self.native, *args)
+        else:
+            program = self.place.fake.jit(step, donate_argnums=[0])
+            self.functional = program(self.functional, *args)
+
+    def copy_from(self, other):
+        self.native.copy_(other.native if isinstance(other, Raw) else other)
+
+    def to_host(self):
+        with self.place.fake.stream("raw"):
+            values = self.native.read()
+        return types.SimpleNamespace(numpy=lambda: values)
+
+    def __getitem__(self, key):
+        return Raw(self.place, self.native[key])
+
+    def __setitem__(self, key, value):
+        self.native[key] = value
+
+
+WAYS = {"shared": "compute", "events": "default", "host": "default"}
+
+
+@pytest.fixture(params=[False, True], ids=["array", "methods"])
+def methods(request, monkeypatch):
+    """Whether the fake frameworks stand in for torch and JAX by name."""
+    if request.param:
+        monkeypatch.setattr(FakeBackend, "name", "torch")
+        monkeypatch.setattr(FakeFunctionalBackend, "name", "jax")
+        monkeypatch.setattr(FakeArray, "requires_grad", False, raising=False)
+    return request.param
+
+
+@pytest.fixture(params=WAYS)
+def place(request, methods):
+    yield from make_place(request.param, methods)
+
+
+@pytest.fixture
+def shared(methods):
+    yield from make_place("shared", methods)
+
+
+@pytest.fixture
+def events(methods):
+    yield from make_place("events", methods)
+
+
+def make_place(way, methods):
+    """In the shared way the current stream is the compute stream, as in ``with stream:``."""
+    on_host_wait = "release" if way == "host" else "raise"
+    with FakeDevice(order=way, on_host_wait=on_host_wait) as fake:
+        with fake.stream(WAYS[way]) as here:
+            yield Place(fake, way, here, fake.stream("side"), methods)
+
+
+def check(place, scenario, expected, *, host_waits=None, control=True):
+    """Run a scenario by a Buffer and as a control; tell whether the host waited, and for what."""
+    found = _run(place, scenario, place.buffer)
+    waits = place.fake.host_waits.copy()
+    assert found == expected
+    if place.way != "host":
+        assert not waits
+    elif host_waits is not None:
+        assert bool(waits) is host_waits, waits
+    if control:
+        without = _run(place, scenario, place.raw)
+        assert without != expected, "right without the driver too, so this proves nothing"
+
+
+def _run(place, scenario, make):
+    place.fake.log.clear()
+    found = scenario(place, make)
+    values = found if isinstance(found, tuple) else (found,)
+    place.fake.release()
+    with place.here:
+        seen = [value.read() if hasattr(value, "read") else value for value in values]
+    return [np.asarray(value).ravel().tolist() for value in seen]
+
+
+# --- an update by the functional framework -------------------------------------------------------
+
+
+def update_then_view(place, make, ordered=True):
+    b = make([0, 0])
+    place.compute.hold()
+    b.update(plus_one, framework=FUNCTIONAL, ordered=ordered)
+    with place.side:
+        return b.array(NATIVE).clone()
+
+
+def test_an_update_is_seen_by_a_view_on_another_stream(place):
+    check(place, update_then_view, [[1, 1]], host_waits=True)
+
+
+def test_an_update_without_order_is_seen_by_the_next_view(place):
+    def scenario(place, make):
+        b = make([0, 0])
+        b.array(NATIVE)
+        place.compute.hold()
+        b.update(plus_one, framework=FUNCTIONAL, ordered=False)
+        assert "plus_one" not in str(place.fake.host_waits)
+        with place.side:
+            return b.array(NATIVE).clone()
+
+    check(place, scenario, [[1, 1]], host_waits=True)
+
+
+def test_an_update_is_seen_through_a_view_that_was_out(place):
+    def scenario(place, make):
+        b = make([0, 0])
+        view = b.array(NATIVE)
+        place.compute.hold()
+        b.update(plus_one, framework=FUNCTIONAL)
+        return view.clone()
+
+    check(place, scenario, [[1, 1]], host_waits=True, control=place.way != "shared")
+
+
+def test_an_update_is_seen_by_an_update_of_the_other_framework(place):
+    def scenario(place, make):
+        b = make([1, 1])
+        place.compute.hold()
+        b.update(plus_one, framework=FUNCTIONAL)
+        with place.side:
+            b.update(lambda view: view.mul_(5) and None, framework=NATIVE)
+            return b.array(NATIVE).clone()
+
+    check(place, scenario, [[10, 10]], host_waits=True)
+
+
+def test_an_update_is_seen_by_a_copy_to_the_host_and_by_an_assignment(place):
+    def scenario(place, make):
+        b, c = make([0, 0]), make([0, 0])
+        place.compute.hold()
+        for each in (b, c):
+            each.update(plus_one, framework=FUNCTIONAL)
+        with place.side:
+            c[:1] = 5
+            late = c.array(NATIVE).clone()
+        place.fake.on_host_wait = "release"
+        return b.to_host().numpy(), late
+
+    on_host_wait = place.fake.on_host_wait
+    for make, is_right in ((place.buffer, True), (place.raw, False)):
+        assert (_run(place, scenario, make) == [[1, 1], [5, 1]]) is is_right
+        place.fake.on_host_wait = on_host_wait
+
+
+def test_a_slice_sees_the_update_of_its_base_and_the_base_that_of_a_slice(place):
+    def scenario(place, make):
+        b, c = make([0, 0]), make([0, 0])
+        part = b[:1]
+        place.compute.hold()
+        b.update(plus_one, framework=FUNCTIONAL)
+        c[:1].update(plus_two, framework=FUNCTIONAL)
+        with place.side:
+            return part.array(NATIVE).clone(), c.array(NATIVE).clone()
+
+    check(place, scenario, [[1], [2, 0]], host_waits=True)
+
+
+def test_an_update_of_a_tree_is_seen_by_views_of_its_leaves(place):
+    if place.methods:
+        pytest.skip("trees are given by name")
+
+    def scenario(place, make):
+        tree = {"a": make([0, 0]), "b": make([1, 1])}
+        place.compute.hold()
+        if make == place.buffer:
+            rlx.update(
+                tree, lambda t: {"a": t["b"] + 1, "b": t["a"] + 3}, framework=FUNCTIONAL
+            )
+        else:
+            tree["a"].update(plus_two, framework=FUNCTIONAL)
+            tree["b"].update(plus_two, framework=FUNCTIONAL)
+        with place.side:
+            return tree["a"].array(NATIVE).clone(), tree["b"].array(NATIVE).clone()
+
+    check(place, scenario, [[2, 2], [3, 3]], host_waits=True)
+
+
+def test_a_result_that_a_user_commits_is_seen_on_another_stream(place):
+    def scenario(place, make):
+        b = make([0, 0])
+        program = place.fake.jit(plus_one, donate_argnums=[0])
+        array = b.array(FUNCTIONAL)
+        place.compute.hold()
+        result = program(array)
+        if make == place.buffer:
+            rlx.commit(getattr(b, "buffer", b), result)
+        with place.side:
+            return b.array(NATIVE).clone()
+
+    check(place, scenario, [[1, 1]], host_waits=True)
+
+
+# --- a write by the native framework -------------------------------------------------------------
+
+
+def late_write(place, b, value=7):
+    """A write scope whose work does not run before the stream is released."""
+    place.here.hold()
+    with b.write(NATIVE) as view:
+        view.fill_(value)
+
+
+def test_a_write_is_seen_by_a_reader_on_another_stream(place):
+    def scenario(place, make):
+        b, c = make([0, 0]), make([0, 0])
+        late_write(place, b)
+        late_write(place, c)
+        with place.side:
+            with b.read(NATIVE) as view:
+                copy = view.clone()
+            return copy, c.array(NATIVE).clone()
+
+    check(place, scenario, [[7, 7], [7, 7]], host_waits=False)
+
+
+def test_a_write_is_seen_by_a_program_of_the_functional_framework(place):
+    def scenario(place, make):
+        b, c = make([0, 0]), make([0, 0])
+        b.array(FUNCTIONAL)  # so that the array is an old one
+        late_write(place, b)
+        late_write(place, c)
+        return place.copied(b.array(FUNCTIONAL)), place.copied(c.array(FUNCTIONAL))
+
+    check(place, scenario, [[7, 7], [7, 7]], host_waits=True, control=place.way != "shared")
+
+
+def test_a_write_on_another_stream_is_seen_by_a_program(place):
+    def scenario(place, make):
+        b = make([0, 0])
+        b.array(FUNCTIONAL)
+        with place.side:
+            place.side.hold()
+            with b.write(NATIVE) as view:
+                view.fill_(7)
+        with b.read(FUNCTIONAL) as array:
+            return place.copied(array)
+
+    check(place, scenario, [[7, 7]], host_waits=True)
+
+
+def test_a_write_is_seen_by_an_update(place):
+    def scenario(place, make):
+        b = make([0, 0])
+        with place.side:
+            place.side.hold()
+            with b.write(NATIVE) as view:
+                view.fill_(7)
+        b.update(plus_one, framework=FUNCTIONAL)
+        place.side.release()
+        return b.array(NATIVE).clone()
+
+    check(place, scenario, [[8, 8]], host_waits=True)
+
+
+@pytest.mark.parametrize("handed_before", [False, True])
+def test_a_write_is_seen_by_a_fetch_of_a_functional_array(place, handed_before):
+    """A fetch waits for the definition of its array alone, so the array has to be a new one."""
+
+    def scenario(place, make):
+        b = make([0, 0])
+        if handed_before:
+            b.array(FUNCTIONAL)
+        late_write(place, b)
+        return b.array(FUNCTIONAL).fetch().wait
+
+    check(place, lambda *args: _later(place, scenario(*args)), [[7, 7]], host_waits=True)
+
+
+def test_a_write_on_another_stream_is_seen_by_a_fetch(place):
+    def scenario(place, make):
+        b = make([0, 0])
+        b.array(FUNCTIONAL)
+        with place.side:
+            place.side.hold()
+            with b.write(NATIVE) as view:
+                view.fill_(7)
+        return _later(place, b.array(FUNCTIONAL).fetch().wait)
+
+    check(place, scenario, [[7, 7]], host_waits=True)
+
+
+class _later:
+    """A value to be asked for when everything is released."""
+
+    def __init__(self, place, wait):
+        self.read = wait
+
+
+def test_a_write_is_seen_by_a_fetch_after_an_update_of_something_else(place):
+    def scenario(place, make):
+        b, c = make([0, 0]), make([0, 0])
+        array = b.array(FUNCTIONAL)
+        late_write(place, b)
+        c.update(plus_one, framework=FUNCTIONAL)
+        del array
+        return _later(place, b.array(FUNCTIONAL).fetch().wait)
+
+    check(place, scenario, [[7, 7]], host_waits=True)
+
+
+def test_a_write_is_seen_by_one_on_another_stream(place):
+    def scenario(place, make):
+        b = make([0, 0])
+        late_write(place, b)
+        with place.side, b.write(NATIVE) as view:
+            view[:1].add_(1)
+            copy = view.clone()
+        return copy
+
+    check(place, scenario, [[8, 7]], host_waits=False)
+
+
+def test_memory_that_is_still_being_zeroed_is_waited_for(place):
+    def made(place, make):
+        place.here.hold()
+        if make == place.raw:
+            return Raw(place, place.fake.array(np.zeros(2, np.float32)))
+        b = rlx.Buffer.zeros(2, "f32", place.fake.device)
+        return Methods(b) if place.methods else b
+
+    def scenario(place, make):
+        b, c = made(place, make), made(place, make)
+        with place.side:
+            copy = b.array(NATIVE).clone()
+        return copy, place.copied(c.array(FUNCTIONAL))
+
+    check(place, scenario, [[0, 0], [0, 0]], host_waits=True)
+
+
+def test_a_handle_orders_as_a_buffer_does(place):
+    def make(values):
+        handle = rlx.BufferHandle("b", 2, "f32", device=place.fake.device)
+        return Methods(handle) if place.methods else handle
+
+    def scenario(place, make):
+        b = make([0, 0])
+        late_write(place, b)
+        with place.side:
+            copy = b.array(NATIVE).clone()
+        b.update(plus_one, framework=FUNCTIONAL)
+        return copy, place.copied(b.array(FUNCTIONAL))
+
+    assert _run(place, scenario, make) == [[7, 7], [8, 8]]
+    assert _run(place, scenario, place.raw) != [[7, 7], [8, 8]]
+
+
+# --- a view that is out --------------------------------------------------------------------------
+
+
+def test_a_plain_write_is_seen_by_an_array_taken_later(place):
+    def scenario(place, make):
+        b, c = make([0, 0]), make([0, 0])
+        for each in (b, c):
+            each.array(FUNCTIONAL)
+        views = [b.array(NATIVE), c.array(NATIVE)]
+        place.here.hold()
+        for view in views:
+            view.fill_(3)
+        return place.copied(b.array(FUNCTIONAL)), _later(place, c.array(FUNCTIONAL).fetch().wait)
+
+    check(place, scenario, [[3, 3], [3, 3]], host_waits=True)
+
+
+def test_a_plain_write_on_the_stream_that_is_current_now_is_seen(place):
+    """The view was taken on one stream, and is written on the one from which the array is taken."""
+
+    def scenario(place, make):
+        b, c = make([0, 0]), make([0, 0])
+        for each in (b, c):
+            each.array(FUNCTIONAL)
+        views = [b.array(NATIVE), c.array(NATIVE)]
+        place.side.hold()
+        with place.side:
+            for view in views:
+                view.fill_(3)
+            return (
+                place.copied(b.array(FUNCTIONAL)),
+                _later(place, c.array(FUNCTIONAL).fetch().wait),
+            )
+
+    check(place, scenario, [[3, 3], [3, 3]], host_waits=True)
+
+
+def test_a_plain_write_is_seen_by_an_update_and_by_a_copy_to_the_host(place):
+    def scenario(place, make):
+        b, c = make([0, 0]), make([0, 0])
+        views = [b.array(NATIVE), c.array(NATIVE)]
+        place.here.hold()
+        for view in views:
+            view.fill_(3)
+        b.update(plus_one, framework=FUNCTIONAL)
+        place.here.release()
+        place.here.hold()
+        views[1].fill_(5)
+        place.fake.on_host_wait = "release"
+        return b.array(NATIVE).clone(), c.to_host().numpy()
+
+    on_host_wait = place.fake.on_host_wait
+    for make, is_right in ((place.buffer, True), (place.raw, False)):
+        assert (_run(place, scenario, make) == [[4, 4], [5, 5]]) is is_right
+        place.fake.on_host_wait = on_host_wait
+
+
+def test_a_view_of_one_stream_is_ordered_on_another_once_it_is_asked_for_there(place):
+    def scenario(place, make):
+        b = make([0, 0])
+        place.here.hold()
+        b.array(NATIVE).fill_(3)
+        with place.side:
+            view = b.array(NATIVE)
+            first = view.clone()
+            place.side.hold()
+            view.add_(1)
+        return first, b.array(NATIVE).clone()
+
+    check(place, scenario, [[3, 3], [4, 4]], host_waits=False)
+
+
+def test_a_plain_write_after_a_scope_is_seen_everywhere(place):
+    """The scope is over and has its event; what the view that is out did after it has none."""
+
+    def late(b):
+        view = b.array(NATIVE)
+        with b.write(NATIVE) as inside:
+            inside.fill_(1)
+        view.add_(1)
+        return b
+
+    def scenario(place, make):
+        buffers = [make([0, 0]) for _ in range(4)]
+        place.here.hold()
+        a, b, c, d = map(late, buffers)
+        with place.side:
+            read = a.array(NATIVE).clone()
+            with b.read(NATIVE) as view:
+                inside = view.clone()
+            b.update(plus_one, framework=FUNCTIONAL)
+            program = place.copied(c.array(FUNCTIONAL))
+            fetched = d.array(FUNCTIONAL).fetch()
+        return read, inside, program, _later(place, fetched.wait)
+
+    check(place, scenario, [[2, 2]] * 4, host_waits=True)
+
+
+def test_a_host_copy_that_an_array_keeps_is_not_shown_again(place):
+    def scenario(place, make):
+        b = make([0, 0])
+        assert b.array(FUNCTIONAL).read().tolist() == [0, 0]
+        view = b.array(NATIVE)
+        view.fill_(3)
+        return b.array(FUNCTIONAL).read()
+
+    check(place, scenario, [[3, 3]])
+
+
+# --- readers, and a write that has to leave them alone -------------------------------------------
+
+
+def test_a_write_waits_for_a_program_that_reads(place):
+    def scenario(place, make):
+        b = make([1, 1])
+        place.compute.hold()
+        before = place.copied(b.array(FUNCTIONAL))
+        with place.side:
+            with b.write(NATIVE) as view:
+                view.fill_(9)
+            if make == place.buffer and place.way != "host":
+                assert place.side.pending == ("fill_",), "it waits on the device"
+            return before, b.array(NATIVE).clone()
+
+    check(place, scenario, [[1, 1], [9, 9]], host_waits=True)
+
+
+def test_a_write_waits_for_a_fetch_that_reads(place):
+    def scenario(place, make):
+        b = make([1, 1])
+        array = b.array(FUNCTIONAL)
+        place.copies.hold()
+        before = array.fetch()
+        with place.side, b.write(NATIVE) as view:
+            view.fill_(9)
+        return _later(place, before.wait)
+
+    check(place, scenario, [[1, 1]], host_waits=True)
+
+
+def test_a_write_waits_for_a_program_that_reads_a_retired_array(place):
+    """An array that kept its host copy gets a successor, and a program may still read the first."""
+
+    def scenario(place, make):
+        b = make([1, 1])
+        array = b.array(FUNCTIONAL)
+        array.read()
+        b.array(NATIVE)
+        place.compute.hold()
+        before = place.copied(array)
+        b.array(FUNCTIONAL)
+        with place.side, b.write(NATIVE) as view:
+            view.fill_(9)
+        return before
+
+    check(place, scenario, [[1, 1]], host_waits=True)
+
+
+def test_every_kind_of_write_waits_for_a_program_that_reads(place):
+    def scenario(place, make):
+        a, b, c = (make([1, 1]) for _ in range(3))
+        source = make([9, 9])
+        place.compute.hold()
+        before = [place.copied(each.array(FUNCTIONAL)) for each in (a, b, c)]
+        with place.side:
+            a[:] = 9
+            b.copy_from(source)
+            c.update(lambda view: view.mul_(5) and None, framework=NATIVE)
+        return tuple(before)
+
+    check(place, scenario, [[1, 1]] * 3, host_waits=True)
+
+
+def test_an_argument_of_an_update_is_not_written_before_the_update_has_read_it(place):
+    def scenario(place, make):
+        b, argument = make([0, 0]), make([1, 1])
+        place.compute.hold()
+        b.update(plus, argument, framework=FUNCTIONAL)
+        with place.side:
+            with argument.write(NATIVE) as view:
+                view.fill_(9)
+            return b.array(NATIVE).clone()
+
+    check(place, scenario, [[1, 1]], host_waits=True)
+
+
+def test_readers_on_two_streams_do_not_wait_for_each_other_but_a_write_waits_for_both(place):
+    third = place.fake.stream("third")
+
+    def scenario(place, make):
+        b = make([1, 1])
+        for stream in (place.here, place.side):
+            stream.hold()
+        copies = []
+        for stream in (place.here, place.side):
+            with stream, b.read(NATIVE) as view:
+                copies.append(view.clone())
+        place.side.release()
+        assert place.here.pending, "it is held still"
+        assert not place.side.pending, "the reader there did not wait for the one here"
+        place.side.hold()
+        with place.side, b.read(NATIVE) as view:
+            copies.append(view.clone())
+        with third, b.write(NATIVE) as view:
+            view.fill_(9)
+        return tuple(copies)
+
+    check(place, scenario, [[1, 1]] * 3, host_waits=False)
+
+
+@pytest.mark.parametrize("released", ["here", "side"])
+def test_a_write_waits_for_the_slower_of_two_readers(place, released):
+    third = place.fake.stream("third")
+
+    def scenario(place, make):
+        b = make([1, 1])
+        copies = []
+        for stream in (place.here, place.side):
+            stream.hold()
+            with stream, b.read(NATIVE) as view:
+                copies.append(view.clone())
+        with third, b.write(NATIVE) as view:
+            view.fill_(9)
+        getattr(place, released).release()
+        return tuple(copies)
+
+    check(place, scenario, [[1, 1]] * 2, host_waits=False)
+
+
+def test_an_update_waits_for_a_reader_of_the_other_framework(place):
+    def scenario(place, make):
+        b = make([1, 1])
+        with place.side:
+            place.side.hold()
+            with b.read(NATIVE) as view:
+                before = view.clone()
+        b.update(plus_one, framework=FUNCTIONAL)
+        return before
+
+    check(place, scenario, [[1, 1]], host_waits=True)
+
+
+def test_a_copy_between_buffers_is_a_reader_of_its_source(place):
+    def scenario(place, make):
+        source, target = make([1, 1]), make([0, 0])
+        place.here.hold()
+        target.copy_from(source)
+        with place.side, source.write(NATIVE) as view:
+            view.fill_(9)
+        return target.array(NATIVE).clone()
+
+    check(place, scenario, [[1, 1]], host_waits=False)
+
+
+def test_a_copy_between_buffers_sees_a_write_of_its_source(place):
+    def scenario(place, make):
+        source, target, other = make([1, 1]), make([0, 0]), make([0, 0])
+        late_write(place, source)
+        with place.side:
+            target.copy_from(source)
+        place.compute.hold()
+        source.update(plus_one, framework=FUNCTIONAL)
+        with place.side:
+            other.copy_from(source)
+        return target.array(NATIVE), other.array(NATIVE)
+
+    check(place, scenario, [[7, 7], [8, 8]], host_waits=True)
+
+
+# --- parts, and everything together --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("handed_before", [False, True])
+def test_updates_through_two_slices_are_seen_by_a_fetch_of_the_base(place, handed_before):
+    def scenario(place, make):
+        b = make([0, 0])
+        if handed_before:
+            b.array(FUNCTIONAL)
+        place.compute.hold()
+        b[:1].update(plus_one, framework=FUNCTIONAL)
+        b[1:].update(plus_two, framework=FUNCTIONAL)
+        return _later(place, b.array(FUNCTIONAL).fetch().wait)
+
+    check(place, scenario, [[1, 2]])
+
+
+def test_an_update_of_a_slice_is_seen_by_a_fetch_of_another_that_overlaps(place):
+    def scenario(place, make):
+        b = make([0, 0, 0])
+        left, right = b[:2], b[1:]
+        left.array(FUNCTIONAL)
+        place.compute.hold()
+        right.update(plus_one, framework=FUNCTIONAL)
+        left.update(plus_two, framework=FUNCTIONAL)
+        first = right.array(FUNCTIONAL).fetch()
+        return _later(place, first.wait), _later(place, b.array(FUNCTIONAL).fetch().wait)
+
+    check(place, scenario, [[3, 1], [2, 3, 1]])
+
+
+def test_a_step_that_is_refused_leaves_the_order_as_it_was(place):
+    def scenario(place, make):
+        b, c = make([0, 0]), make([0, 0])
+        for each in (b, c):
+            late_write(place, each)
+            with contextlib.suppress(rlx.ShapeError):
+                if make == place.buffer:
+                    each.update(wrong_shape, framework=FUNCTIONAL)
+        with place.side:
+            copy = b.array(NATIVE).clone()
+            fetched = c.array(FUNCTIONAL).fetch()
+        return copy, _later(place, fetched.wait)
+
+    check(place, scenario, [[7, 7], [7, 7]])
+
+
+def test_an_update_that_has_to_be_copied_back_is_in_order(place):
+    if place.methods:
+        pytest.skip("the everyday way only")
+
+    def scenario(place, make):
+        b = make([1, 1])
+        with b.write(NATIVE) as view:
+            view.fill_(2)
+        if make == place.buffer:
+            place.fake.fail_next("donate")
+        place.here.hold()
+        place.fake.on_host_wait = "release"
+        b.update(plus_one, framework=FUNCTIONAL)
+        with place.side:
+            return b.array(NATIVE).clone()
+
+    assert _run(place, scenario, place.buffer) == [[3, 3]]
+
+
+def test_a_copy_of_a_functional_array_may_outlive_it(place):
+    """Its memory goes back to the other framework, which knows nothing of the copy under way."""
+
+    def scenario(place, make):
+        b = make([0, 0])
+        array = place.fake.functional(np.full(2, 5, np.float32))
+        with place.side:
+            place.side.hold()
+            if make == place.buffer:
+                b.copy_from(array)
+            else:
+                b.copy_from(registry.for_kind("fpga").share(array, None))
+        del array
+        place.fake.functional(np.full(2, 9, np.float32))
+        place.side.release()
+        return b.array(NATIVE).clone()
+
+    check(place, scenario, [[5, 5]])
+
+
+# --- who is not waited for -----------------------------------------------------------------------
+
+
+def test_a_copy_to_the_host_waits_for_its_own_producers_only(place):
+    b, unrelated = place.buffer([1, 1]), place.buffer([0, 0])
+    with place.side, b.write(NATIVE) as view:
+        view.fill_(7)
+    place.fake.on_host_wait = "raise"
+    place.here.hold()
+    place.compute.hold()
+    with unrelated.write(NATIVE) as view:
+        view.fill_(9)
+    assert b.to_host().numpy().tolist() == [7, 7]
+    with pytest.raises(HangError, match="compute" if place.way == "shared" else "default"):
+        place.fake.array(np.zeros(2)).read()  # the control: what the current stream holds
+    with pytest.raises(HangError):
+        unrelated.to_host()
+    place.fake.release()
+    assert unrelated.to_host().numpy().tolist() == [9, 9]
+
+
+def test_a_copy_to_the_host_of_an_updated_buffer_waits_for_the_update_only(place):
+    b, unrelated = place.buffer([1, 1]), place.buffer([0, 0])
+    b.update(plus_one, framework=FUNCTIONAL)
+    place.fake.on_host_wait = "raise"
+    place.fake.stream("default").hold()
+    place.compute.hold()
+    with contextlib.suppress(HangError):  # which in the host way waits for here
+        unrelated.update(plus_one, framework=FUNCTIONAL)
+    assert b.to_host().numpy().tolist() == [2, 2]
+
+
+def test_work_on_a_side_stream_does_not_wait_for_unrelated_programs(place):
+    b, unrelated = place.buffer([1, 1]), place.buffer([0, 0])
+    unrelated.array(FUNCTIONAL)
+    place.fake.on_host_wait = "raise"
+    place.compute.hold()
+    place.here.hold()
+    pending = place.copied(unrelated.array(FUNCTIONAL))
+    stage = rlx.command_stream(place.fake.device, side=True)
+    with stage:
+        b.copy_from(np.full(2, 7, np.float32))
+    stage.wait()
+    assert not pending.is_ready()
+    with stage:
+        assert b.array(NATIVE).read().tolist() == [7, 7]
+    with pytest.raises(HangError):
+        place.here.synchronize()
+
+
+def test_settled_accesses_on_the_shared_stream_need_no_event(shared):
+    b = shared.buffer([0, 0])
+    b.array(NATIVE)
+    b.update(plus_one, framework=FUNCTIONAL)
+    b.array(FUNCTIONAL)
+    before = len(shared.fake.events)
+    shared.compute.hold()
+    copies = []
+    for _ in range(3):
+        b.update(plus_one, framework=FUNCTIONAL)
+        b.array(NATIVE).add_(1)
+        copies.append(shared.copied(b.array(FUNCTIONAL)))
+    shared.compute.release()
+    assert [copy.read().tolist() for copy in copies] == [[3, 3], [5, 5], [7, 7]]
+    assert len(shared.fake.events) == before
+    assert rlx.ledger.host_waits == 0
+
+
+def test_the_same_accesses_on_two_streams_do_need_events(events):
+    """The control of the test above."""
+    b = events.buffer([0, 0])
+    b.array(NATIVE)
+    before = len(events.fake.events)
+    b.update(plus_one, framework=FUNCTIONAL)
+    b.array(NATIVE).add_(1)
+    assert len(events.fake.events) > before
+
+
+def test_accesses_on_one_stream_of_the_native_framework_wait_for_nothing(place):
+    b = place.buffer([0, 0])
+    b.array(NATIVE)
+    before = [entry for entry in place.fake.events if "wait" in entry]
+    for _ in range(3):
+        b.array(NATIVE).add_(1)
+        with b.write(NATIVE) as view:
+            view.add_(1)
+    assert [entry for entry in place.fake.events if "wait" in entry] == before
+
+
+# --- memory that is freed ------------------------------------------------------------------------
+
+
+def test_memory_is_not_used_again_before_a_stream_has_read_it(place):
+    def read_late(place, make):
+        b = make([1, 1])
+        address = (b if make == place.raw else getattr(b, "buffer", b)).array(NATIVE).address
+        place.side.hold()
+        with place.side, b.read(NATIVE) as view:
+            copy = view.clone()
+        del b, view
+        gc.collect()
+        fresh = place.fake.array(np.full(2, 9, np.float32))
+        return address, fresh, copy
+
+    if place.methods:
+        pytest.skip("nothing here depends on how the view is taken")
+    address, fresh, copy = read_late(place, place.buffer)
+    assert fresh.address != address
+    place.side.release()
+    assert copy.read().tolist() == [1, 1]
+    assert place.fake.array(np.zeros(2, np.float32)).address == address, "and now it may be"
+    address, fresh, copy = read_late(place, place.raw)
+    assert fresh.address == address
+    place.side.release()
+    assert copy.read().tolist() == [9, 9]
