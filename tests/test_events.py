@@ -127,7 +127,9 @@ def test_a_result_donated_to_later_work_is_no_failure(stream, slow):
     assert float(second[0, 0]) == 2
 
 
-@pytest.mark.parametrize("other", [object(), 3, "cpu", None, np.zeros(3)], ids=repr)
+@pytest.mark.parametrize(
+    "other", [object(), 3, "cpu", None, np.zeros(3)], ids=lambda x: type(x).__name__
+)
 def test_what_a_stream_cannot_wait_for(stream, other):
     with pytest.raises(rlx.StreamError, match="cannot wait for a") as caught:
         stream.wait_for(other)

@@ -101,22 +101,21 @@ class Checker:
         with access.lock:
             watch = self._known(lease, array)
             alias = None if watch is None else watch.given()
-            is_new = alias is None
             if watch is None or alias is None:
                 if lease.is_dead(array):
                     return array  # another thread has written since
                 watch, alias = self._watched(buffer, lease, array, checks[-1])
-        if is_new or alias is array:  # of the very array nobody can tell here who has it
-            watch.remember(access)
-        else:
+        if alias is not array:  # of the very array nobody can tell here who has it
             self._compare(watch)
-            self.announce()
+        if alias is array or watch.expected is None:
+            watch.remember(access)
+        self.announce()
         return alias
 
     def _known(self, lease: Lease, array: Any) -> Watch | None:
         """Find the watch of an array whose alias, still held, can be given out again."""
         for watch in list(self._watches.values()):
-            if watch.lease is lease and watch.origin is array:
+            if watch.origin is array:
                 given = watch.given()
                 if given is not None and lease.backend.shows_current_bytes(given):
                     return watch
@@ -170,6 +169,7 @@ class Checker:
         place = None
         for watch in self._of(access):
             self._compare(watch, get_ident(), others)
+            watch.expect_death()
             if not watch.is_dead():
                 watch.written_at = place = place or here("a write by the driver ended it at")
         self.announce()
@@ -211,8 +211,11 @@ class Checker:
         # since when the array had been garbage.
         try:
             watch = self._watches.get(key)
-            if watch is None or watch.was_given_away():
-                return  # the latter is kept for its commit
+            if watch is None:
+                return
+            if watch.was_given_away():
+                watch.expect_death()
+                return  # until it is committed
             self._watches.pop(key, None)
             if get_ident() not in self._collecting and watch.is_changed():
                 self._found_change(watch)
@@ -246,7 +249,7 @@ class Checker:
         race = Race(
             watch.label,
             kind,
-            (watch.lease.backend.name, *writers),
+            (watch.backend.name, *writers),
             watch.place,
             tuple(places),
             noticed_at or here("noticed at"),
@@ -280,7 +283,7 @@ class Checker:
     def find_stale(self, error: BaseException, check: Check) -> bool:
         """Look whether an error is a framework's own about views that went stale."""
         dead = [watch for watch in list(self._watches.values()) if watch.is_dead()]
-        dead = [watch for watch in dead if watch.lease.backend.is_about(error, watch.origin)]
+        dead = [watch for watch in dead if watch.backend.is_about(error, watch.origin)]
         if isinstance(error, DriverError) or not dead:
             return False
         used = _used(error, dead)
@@ -288,7 +291,7 @@ class Checker:
             watch.check = check
             by_driver = watch.written_at
             place = by_driver or elsewhere("the program itself donated or deleted it")
-            used_at = raised("it was used at", error, watch.lease.backend.packages)
+            used_at = raised("it was used at", error, watch.backend.packages)
             self._found(watch, "stale view", (), [place], used_at)
         return bool(used)
 
@@ -298,7 +301,7 @@ def _used(error: BaseException, dead: list[Watch]) -> list[Watch]:
 
     Where no frame has one, all that somebody still holds.
     """
-    backends = {watch.lease.backend for watch in dead}
+    backends = {watch.backend for watch in dead}
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         found = [
             value

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Place", "Race", "elsewhere", "here", "raised", "text_of", "user_depth"]
 
 _PACKAGE = str(Path(__file__).parent) + os.sep
-_DEPTH = 12
+_DEPTH = 8
 """Frames that are remembered of a stack, the innermost ones."""
 
 _WHAT = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 import zlib
@@ -14,6 +15,7 @@ from rlx_driver.transfer import span_of
 
 if TYPE_CHECKING:
     from collections import deque
+    from collections.abc import Callable
 
     from rlx_driver._checking import Check
     from rlx_driver._races import Place
@@ -45,12 +47,13 @@ class Watch:
 
     __slots__ = (
         "_access",
+        "_lease",
+        "_native",
         "alias",
+        "backend",
         "check",
         "expected",
         "label",
-        "lease",
-        "native",
         "native_backend",
         "origin",
         "place",
@@ -71,11 +74,15 @@ class Watch:
     ) -> None:
         self._access = weakref.ref(buffer._access)
         self.label = buffer._access.label
-        self.lease = lease
+        self.backend = lease.backend
+        # Weakly, and what it is made of strongly only while the user's array keeps it alive too:
+        # the checker is not to keep memory.
+        self._lease = weakref.ref(lease)
+        self._native: Callable[[], Any] = functools.partial(_given, buffer._native)
+        self.native_backend = buffer._backend
         self.origin = origin
         self.check = check
         self.writers = writers
-        self.native, self.native_backend = buffer._native, buffer._backend
         self.span = span_of(buffer._facts)
         self.place = place
         self.alias: weakref.ref[Any] | None = None
@@ -88,6 +95,12 @@ class Watch:
         """The discipline of its memory, while that is alive."""
         return self._access()
 
+    @property
+    def newest(self) -> Any | None:
+        """The array that its lease has now."""
+        lease = self._lease()
+        return None if lease is None else lease.array
+
     # --- its life
 
     def given(self) -> Any | None:
@@ -96,21 +109,26 @@ class Watch:
 
     def is_dead(self) -> bool:
         """Tell whether the array was donated or deleted, by the driver or by the user."""
-        return self.lease.is_dead(self.origin)
+        return self.backend.is_dead(self.origin)
+
+    def expect_death(self) -> None:
+        """Keep the memory no longer: a donation follows, or has been."""
+        if (native := self._native()) is not None:
+            self._native = weakref.ref(native)
 
     def is_held(self, others: int = 0) -> bool:
         """Tell whether the user holds it; `others` is how many references our callers have."""
         if self.alias is not None:
             return self.alias() is not None
         access = self.access
-        ours = _REFERENCES + others + (self.lease.array is self.origin)
+        ours = _REFERENCES + others + (self.newest is self.origin)
         if access is not None:
             ours += sum(array is self.origin for _, array in access.retired)
         return sys.getrefcount(self.origin) > ours
 
     def was_given_away(self) -> bool:
         """Tell whether it was donated, and its lease has no newer array."""
-        return self.lease.array is self.origin and self.is_dead()
+        return self.newest is self.origin and self.is_dead()
 
     def is_uncommitted(self, holder: int = 0) -> bool:
         """Tell whether it was given away by the user, who has not committed the result.
@@ -139,15 +157,15 @@ class Watch:
 
     def remember(self, access: Access) -> None:
         """Take the checksum, as soon as the value is there."""
-        lease, origin = self.lease, self.origin
-        if access.owner is not None and not self.native_backend.device_of(self.native).is_host:
+        origin = self.origin
+        if access.owner is not None and not self.backend.device_of(origin).is_host:
             return  # only its owner reaches such memory, so nobody can go round the driver
         if self.span[0] == self.span[1] or access.is_recording():
             return
         try:
-            if foreign_thread() and not lease.backend.is_ready(origin):
+            if foreign_thread() and not self.backend.is_ready(origin):
                 return  # maybe a callback of the very program that computes it
-            lease.backend.wait(origin)
+            self.backend.wait(origin)
             if access.synchronous:
                 self.expected = self.checksum()
             else:
@@ -156,9 +174,11 @@ class Watch:
         except Exception:  # its program failed: who looks at the value gets that error
             self.expected = None
 
-    def checksum(self) -> int:
-        """Give the checksum of the bytes as they are."""
-        native = self.native
+    def checksum(self) -> int | None:
+        """Give the checksum of the bytes as they are; None when nothing else has the memory."""
+        native = self._native()
+        if native is None:
+            return None
         host = native if isinstance(native, np.ndarray) else self.native_backend.copy_out(native)
         raw = np.ascontiguousarray(host).reshape(-1).view(np.uint8)
         return zlib.crc32(raw)  # type: ignore[arg-type]
@@ -179,14 +199,20 @@ class Watch:
         found = self.checksum()
         # In this order: an update shows as a writer until its donation shows.
         writer = 0 if access is None else access.writer
-        return found != self.expected and writer in (0, holder) and not self._is_explained()
+        if found is None or found == self.expected:
+            return False
+        return writer in (0, holder) and not self._is_explained()
 
     def _is_explained(self) -> bool:
         """Tell whether the bytes may change: it is dead, or so is what a user got in its place."""
         if self.is_dead():
             return True
-        newest = self.lease.array
-        return newest is not self.origin and (newest is None or self.lease.is_dead(newest))
+        newest = self.newest
+        return newest is not self.origin and newest is not None and self.backend.is_dead(newest)
+
+
+def _given(native: Any) -> Any:
+    return native
 
 
 class _Counted:

@@ -59,6 +59,7 @@ class Lease:
     """
 
     __slots__ = (
+        "__weakref__",
         "address",
         "after",
         "alias",

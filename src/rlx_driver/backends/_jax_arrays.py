@@ -10,11 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlx_driver.backends.base import ArrayFacts, Obstacle, row_major_strides
+from rlx_driver.dtypes import TABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = [
+    "EVERYDAY",
+    "HOST_ALIGNMENT",
+    "SHARED",
+    "WIDE",
     "is_dense",
     "jax_obstacle",
     "probe_alias",
@@ -23,6 +28,18 @@ __all__ = [
     "slow_trace_state_clean",
     "strides_of",
 ]
+
+HOST_ALIGNMENT = 64
+"""Bytes that host memory has to be aligned to for JAX to share it."""
+
+SHARED = {row.dtype for row in TABLE.values() if row.jax is not None and row.dlpack is not None}
+"""Dtypes that go in and out by DLPack."""
+
+EVERYDAY = {dtype for dtype in SHARED if TABLE[dtype].numpy_exports}
+"""Of these, the ones that NumPy knows too."""
+
+WIDE = {np.dtype(t) for t in ("int64", "uint64", "float64", "complex128")}
+"""Dtypes that JAX narrows unless x64 is on."""
 
 
 def probe_trace_state() -> Callable[[], bool]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,8 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlx_driver import dlpack
-from rlx_driver.backends import _jax_dlpack, _jax_stream
+from rlx_driver.backends import _jax_dlpack
 from rlx_driver.backends._jax_arrays import (
+    HOST_ALIGNMENT,
+    SHARED,
+    WIDE,
     is_dense,
     jax_obstacle,
     probe_alias,
@@ -21,8 +23,9 @@ from rlx_driver.backends._jax_arrays import (
     same_buffer,
     strides_of,
 )
+from rlx_driver.backends._jax_lanes import Lanes
 from rlx_driver.backends._jax_steps import StepCache
-from rlx_driver.backends._numpy_pointer import pointer
+from rlx_driver.backends._jax_stream import StreamServices
 from rlx_driver.backends.base import (
     ArrayFacts,
     FunctionalBackend,
@@ -31,13 +34,12 @@ from rlx_driver.backends.base import (
     require_memory,
 )
 from rlx_driver.device import Device, MemoryInfo
-from rlx_driver.dtypes import TABLE, info
+from rlx_driver.dtypes import info
 from rlx_driver.errors import OutOfDeviceMemory, UnknownFrameworkError
 from rlx_driver.registry import registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
     from types import ModuleType
 
 __all__ = ["JaxBackend"]
@@ -45,11 +47,6 @@ __all__ = ["JaxBackend"]
 _CPU = Device("cpu")
 _KIND = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "rocm": "rocm", "tpu": "tpu"}
 _PLATFORM = {"cpu": "cpu", "cuda": "cuda", "rocm": "rocm", "tpu": "tpu"}
-_HOST_ALIGNMENT = 64
-
-_SHARED = {row.dtype for row in TABLE.values() if row.jax is not None and row.dlpack is not None}
-_EVERYDAY = {dtype for dtype in _SHARED if TABLE[dtype].numpy_exports}
-_WIDE = {np.dtype(t) for t in ("int64", "uint64", "float64", "complex128")}
 
 _fence = jax.jit(lambda arrays: arrays, donate_argnums=0, keep_unused=True)
 
@@ -62,7 +59,7 @@ def _replaced(old: Any, new: Any) -> Any:
 _replace = jax.jit(_replaced, donate_argnums=0, keep_unused=True)
 
 
-class JaxBackend(FunctionalBackend):
+class JaxBackend(Lanes, StreamServices, FunctionalBackend):
     """JAX arrays: immutable, asynchronous, updated by donation."""
 
     name: ClassVar[str] = "jax"
@@ -133,7 +130,7 @@ class JaxBackend(FunctionalBackend):
         if obstacle is not None:
             return ArrayFacts(0, shape, (), np.dtype(bool), _CPU, obstacle=obstacle)
         dtype = np.dtype(array.dtype)
-        if dtype not in _SHARED:
+        if dtype not in SHARED:
             text = f"its dtype is {dtype.name}, for which JAX has no DLPack form"
             remedy = "convert it with .astype first; " + info(dtype).note
             obstacle = Obstacle("dtype", text, remedy, copyable=False)
@@ -220,7 +217,7 @@ class JaxBackend(FunctionalBackend):
     def copy_out(self, array: Any) -> np.ndarray[Any, Any]:
         """Copy an array to new host memory; blocks until it is computed."""
         # By DLPack where it can be: np.asarray of a narrow float holds its array for ever in 0.11.
-        on_host = self.device_of(array).is_host and np.dtype(array.dtype) in _SHARED
+        on_host = self.device_of(array).is_host and np.dtype(array.dtype) in SHARED
         return registry.get("numpy").duplicate(
             dlpack.as_numpy(array) if on_host else np.asarray(array)
         )
@@ -234,14 +231,14 @@ class JaxBackend(FunctionalBackend):
 
     def obstacle(self, facts: ArrayFacts) -> Obstacle | None:
         """JAX needs a dtype it keeps, compact strides and, on the host, aligned memory."""
-        if facts.dtype not in _SHARED:
+        if facts.dtype not in SHARED:
             return Obstacle(
                 "dtype",
                 f"JAX has no DLPack form of {info(facts.dtype).name}",
                 "convert it to a dtype that JAX shares, or view its bytes as uint8",
                 copyable=False,
             )
-        if facts.dtype in _WIDE and not jax.config.jax_enable_x64:
+        if facts.dtype in WIDE and not jax.config.jax_enable_x64:
             return Obstacle(
                 "x64",
                 f"JAX would narrow {facts.dtype.name} to 32 bits, which changes values, because "
@@ -259,10 +256,10 @@ class JaxBackend(FunctionalBackend):
                 f"its strides {facts.strides} leave gaps or repeat, and JAX arrays are compact",
                 "copy it (copy=None), or share the whole and slice in JAX",
             )
-        if facts.device.is_host and facts.address % _HOST_ALIGNMENT:
+        if facts.device.is_host and facts.address % HOST_ALIGNMENT:
             return Obstacle(
                 "alignment",
-                f"its address {facts.address:#x} is not aligned to the {_HOST_ALIGNMENT} bytes "
+                f"its address {facts.address:#x} is not aligned to the {HOST_ALIGNMENT} bytes "
                 "that JAX needs on the host",
                 "allocate it aligned (rlx_driver.Buffer.empty(...).numpy()), or copy it "
                 "(copy=None)",
@@ -286,57 +283,6 @@ class JaxBackend(FunctionalBackend):
             exporter = dlpack.HostExporter(array, never_written=never_written)
             return jnp.from_dlpack(exporter, copy=copy)
         return jnp.from_dlpack(array)
-
-    def lane_from(self, source: str) -> Callable[[Any], Any] | None:
-        """Give the fast way in for compact, aligned NumPy arrays and host tensors."""
-        if self._private is None:
-            return None
-        if source == "numpy":
-            return self._array_of_numpy
-        if source == "torch":
-            give = getattr(registry.get("torch"), "fast_export", None)
-            return None if give is None else functools.partial(self._array_of_tensor, give())
-        return None
-
-    def lane_to(self, target: str) -> Callable[[Any], Any] | None:
-        """Give the fast way out to NumPy, where JAX has no device but the host."""
-        return _numpy_of_array if target == "numpy" and self._host_only else None
-
-    def fast_export(self) -> Callable[[Any], Any] | None:
-        """Give the private exporter of host arrays, where JAX has no device but the host."""
-        return None if self._private is None or not self._host_only else self._private.export
-
-    def _array_of_numpy(self, array: np.ndarray[Any, Any]) -> Any | None:
-        address = pointer(array)
-        if (
-            address % _HOST_ALIGNMENT
-            or not array.flags.carray
-            or array.dtype not in _EVERYDAY
-            or type(array) is not np.ndarray
-        ):
-            return None
-        return self._array_of(array.__dlpack__(), array, address, array.dtype)
-
-    def _array_of_tensor(self, export: Callable[[Any], Any], tensor: Any) -> Any | None:
-        found = export(tensor)
-        if found is None:
-            return None
-        capsule, address, dtype = found
-        if address % _HOST_ALIGNMENT or dtype not in _SHARED:
-            return None
-        return self._array_of(capsule, tensor, address, dtype)
-
-    def _array_of(self, capsule: Any, source: Any, address: int, dtype: np.dtype[Any]) -> Any:
-        if (dtype in _WIDE and not jax.config.jax_enable_x64) or 0 in source.shape:
-            return None
-        shared = self._private.import_capsule(capsule, self._cpu, None)  # type: ignore[union-attr]
-        if (
-            shared.unsafe_buffer_pointer() == address
-            and shared.shape == source.shape
-            and shared.dtype == dtype
-        ):
-            return shared
-        return None
 
     def duplicate(self, array: Any) -> Any:
         """Copy an array into new memory of its device."""
@@ -452,49 +398,3 @@ class JaxBackend(FunctionalBackend):
     def argument(self, value: Any) -> Any:
         """Copy a NumPy array: a jitted call reads it after the call has returned."""
         return np.array(value) if isinstance(value, np.ndarray) else value
-
-    def gpu_stream(self, index: int) -> tuple[int | None, str]:
-        """Give the raw handle of JAX's compute stream on a CUDA device, or None; and why."""
-        try:
-            device = jax.local_devices(backend="cuda")[index]
-        except (RuntimeError, IndexError):
-            return None, f"JAX does not run on cuda:{index}"
-        return _jax_stream.compute_stream(device)
-
-    def wait_on_device(self, device: Device, event: Any) -> bool:
-        """Make programs on a device come after an event; False where only the host can wait."""
-        arrays = getattr(event, "arrays", None)
-        if arrays is not None:  # JAX orders its own programs on one device
-            return bool(arrays) and all(self.device_of(array) == device for array in arrays)
-        if device.kind != "cuda" or event.device.kind != "cuda":
-            return False
-        streams = registry.get("torch").streams(device)  # type: ignore[attr-defined]
-        theirs = streams.functional()
-        if theirs is not None:
-            streams.wait_event(theirs, event.native)
-        return theirs is not None
-
-    def stream(self, device: Device, *, side: bool = False, order: str | None = None) -> Any:
-        """Give a stream that tracks arrays."""
-        from rlx_driver.stream import JaxStream
-
-        return JaxStream(device)
-
-    def on_device(self, device: Device) -> AbstractContextManager[Any]:
-        """Make a device the default for new arrays."""
-        return jax.default_device(self.jax_device(device))
-
-
-def _numpy_of_array(array: Any) -> np.ndarray[Any, Any] | None:
-    if array.dtype not in _EVERYDAY:
-        return None
-    view = np.asarray(array)  # waits, so that asking for the address below is safe
-    if (
-        array.unsafe_buffer_pointer() == pointer(view)
-        and view.dtype == array.dtype
-        and view.shape == array.shape
-        and view.flags.c_contiguous
-        and view.size
-    ):
-        return view
-    return None

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections import deque
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import array_api_compat.torch
 import numpy as np
 import torch
 
-from rlx_driver._ledger import ledger
-from rlx_driver.backends._cuda_graph import capturing
-from rlx_driver.backends._cuda_streams import CudaStreams, forced_way, way_of
 from rlx_driver.backends._numpy_pointer import pointer
+from rlx_driver.backends._torch_streams import DEVICE_TYPE, GPU_KIND, StreamServices, place_of
 from rlx_driver.backends._torch_tensors import (
     CARRIER,
     EVERYDAY,
@@ -34,27 +31,24 @@ from rlx_driver.backends.base import (
     Backend,
     Obstacle,
     Order,
-    Recording,
     accounting,
     require_memory,
     row_major_strides,
 )
-from rlx_driver.backends.stream_order import Sharing, StreamOrder, Way
+from rlx_driver.backends.stream_order import StreamOrder
 from rlx_driver.device import Device, MemoryInfo
 from rlx_driver.dtypes import info
 from rlx_driver.errors import CaptureError, OutOfDeviceMemory, UnknownFrameworkError, ZeroCopyError
 from rlx_driver.registry import registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from types import ModuleType
 
 __all__ = ["TorchBackend"]
 
 _CPU = Device("cpu")
-_GPU_KIND = "rocm" if torch.version.hip else "cuda"
-_KIND = {"cpu": "cpu", "cuda": _GPU_KIND, "mps": "metal"}
-_TYPE = {"cpu": "cpu", "cuda": "cuda", "rocm": "cuda", "metal": "mps"}
+_KIND = {"cpu": "cpu", "cuda": GPU_KIND, "mps": "metal"}
 
 _version = operator.attrgetter("_version")
 _private_increment = getattr(torch._C, "_increment_version", None)
@@ -75,22 +69,18 @@ def probe_increment(
     return torch.autograd.graph.increment_version
 
 
-class TorchBackend(Backend):
+class TorchBackend(StreamServices, Backend):
     """torch tensors; work on a GPU is ordered by torch's current stream."""
 
     name: ClassVar[str] = "torch"
     packages: ClassVar[tuple[str, ...]] = ("torch",)
     kinds: ClassVar[tuple[str, ...]] = ("cuda", "rocm", "metal")
 
-    def __init__(self) -> None:
-        self._streams: dict[int, CudaStreams] = {}
-        self._kept: deque[tuple[Any, Any]] = deque()
-
     def devices(self, kind: str) -> list[Device]:
         """List the GPUs that torch can use, and the host."""
         if kind == "cpu":
             return [_CPU]
-        if kind == _GPU_KIND:
+        if kind == GPU_KIND:
             return [Device(kind, i) for i in range(torch.cuda.device_count())]
         if kind == "metal" and torch.backends.mps.is_available():
             return [Device("metal")]
@@ -153,7 +143,7 @@ class TorchBackend(Backend):
         room = self.memory(device)
         require_memory(nbytes, room, device)
         try:
-            memory = torch.zeros(nbytes + ALIGNMENT, dtype=torch.uint8, device=_place(device))
+            memory = torch.zeros(nbytes + ALIGNMENT, dtype=torch.uint8, device=place_of(device))
         except (torch.OutOfMemoryError, RuntimeError) as error:
             raise OutOfDeviceMemory(
                 f"{nbytes:,} bytes were asked for on {device}, which has {room.free:,} of "
@@ -212,7 +202,7 @@ class TorchBackend(Backend):
                 "convert it to a dtype that torch has, or view its bytes as uint8",
                 copyable=False,
             )
-        if facts.device.kind not in _TYPE:
+        if facts.device.kind not in DEVICE_TYPE:
             return Obstacle(
                 "device", f"it lives on {facts.device}", "copy it to the host first", False
             )
@@ -350,104 +340,11 @@ class TorchBackend(Backend):
             return Order()
         return StreamOrder(self.streams(device), memory)
 
-    def streams(self, device: Device) -> CudaStreams:
-        """Give the streams of a CUDA device."""
-        found = self._streams.get(device.index)
-        if found is None:
-            found = self._streams.setdefault(device.index, CudaStreams(device.index))
-        return found
-
     def stream(self, device: Device, *, side: bool = False, order: str | None = None) -> Any:
         """Give a stream of torch; on the host work is synchronous."""
         from rlx_driver.stream import SyncStream, TorchStream
 
         return SyncStream() if device.is_host else TorchStream(device, side=side, order=order)
-
-    # --- what TorchStream is made of
-
-    def new_stream(self, device: Device) -> torch.cuda.Stream | None:
-        """Make a stream; Metal has only its one queue."""
-        return None if device.kind == "metal" else torch.cuda.Stream(_place(device))
-
-    @contextmanager
-    def using_stream(self, stream: torch.cuda.Stream | None, order: Way | None) -> Iterator[None]:
-        """Make a stream the current one, and a way of ordering the one in force."""
-        with forced_way(order), nullcontext() if stream is None else torch.cuda.stream(stream):
-            yield
-
-    way_of = staticmethod(way_of)
-
-    def sharing(self, device: Device, wanted: Way | None, *, adopts: bool) -> Sharing:
-        """Say how torch and JAX are ordered on a device under a stream."""
-        if device.kind != "cuda":
-            return Sharing(None, None, "JAX and torch share no memory here")
-        found = self.streams(device).sharing(load=True)
-        if found.way is None or found.way is Way.HOST:
-            return found
-        if wanted is not None:
-            return Sharing(wanted, found.stream, "asked for by order=")
-        if not adopts and found.way is Way.SHARED:
-            return Sharing(Way.EVENTS, found.stream, "a stream apart from JAX's")
-        return found
-
-    def order_after(self, device: Device, stream: torch.cuda.Stream, array: Any) -> None:
-        """Make a stream wait for a JAX array, on the device where it can."""
-        streams = self.streams(device)
-        theirs = streams.functional()
-        if theirs is None:
-            ledger.count_host_wait()
-            registry.get("jax").wait(array)  # type: ignore[attr-defined]
-        elif stream.cuda_stream != theirs:
-            streams.wait_result(stream.cuda_stream, array)
-
-    def synchronize(self, device: Device, stream: torch.cuda.Stream | None) -> None:
-        """Block until the work of a stream is done."""
-        if stream is None:
-            torch.mps.synchronize()
-        else:
-            stream.synchronize()
-        self.keep_alive()
-
-    def device_of_stream(self, stream: Any) -> Device | None:
-        """Tell whose stream or event an object of torch is; None for any other object."""
-        if isinstance(stream, (torch.cuda.Stream, torch.cuda.Event)):
-            index = getattr(stream.device, "index", None)
-            return Device(_GPU_KIND, torch.cuda.current_device() if index is None else index)
-        return None
-
-    def record_event(self, stream: torch.cuda.Stream | None, *, timing: bool = True) -> Any:
-        """Record an event on a stream."""
-        if stream is None:
-            event = torch.mps.event.Event(enable_timing=timing)
-            event.record()
-            return event
-        event = torch.cuda.Event(enable_timing=timing)
-        event.record(stream)
-        return event
-
-    def wait_event(self, stream: torch.cuda.Stream | None, event: Any) -> None:
-        """Make a stream wait on the device for an event, or for all of another stream."""
-        if stream is None:
-            event.wait()
-        elif isinstance(event, torch.cuda.Stream):
-            stream.wait_stream(event)
-        else:
-            stream.wait_event(event)
-
-    @contextmanager
-    def capturing(self, device: Device) -> Iterator[tuple[torch.cuda.CUDAGraph, Recording]]:
-        """Record torch work of this thread as a CUDA graph."""
-        with capturing(self.streams(device), device.index) as captured:
-            yield captured
-
-    def keep_alive(self, event: Any = None, *objects: Any) -> None:
-        """Keep objects until an event is done, and let go of those whose event is."""
-        if objects:
-            self._kept.append((event, objects))
-        for _ in range(len(self._kept)):
-            kept = self._kept.popleft()
-            if not kept[0].query():
-                self._kept.append(kept)
 
 
 def _require_no_capture(what: str) -> None:
@@ -467,10 +364,6 @@ def _normal_mode() -> AbstractContextManager[Any]:
 
 def _host_facts(source: np.ndarray[Any, Any]) -> ArrayFacts:
     return ArrayFacts(pointer(source), source.shape, source.strides, source.dtype, _CPU)
-
-
-def _place(device: Device) -> torch.device:
-    return torch.device(_TYPE[device.kind], device.index)
 
 
 def _preallocation_hint() -> str:
