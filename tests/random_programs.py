@@ -205,17 +205,19 @@ class _Draw:
         self.known = [_Known() for _ in range(handles)]
         self.cuda, self.streams = cuda, streams
         self.natives = ("torch",) if cuda else ("numpy", "torch")
-        self.last = 0
+        self.recent = [0]
 
     def one(self, options: Any) -> Any:
         """Choose one; the first is the simplest."""
         return options[self.choose(len(options))]
 
     def handle(self, *without: int) -> int:
-        """Choose a handle, often the one before: hazards are between neighbours."""
-        if self.last in without or self.choose(2):
-            self.last = self.one([i for i in range(len(self.known)) if i not in without])
-        return self.last
+        """Choose a handle, mostly one used just before: hazards are between neighbours."""
+        recent = [i for i in self.recent if i not in without]
+        if not recent or self.choose(3) == 2:
+            recent = [self.one([i for i in range(len(self.known)) if i not in without])]
+        self.recent = [recent[0], *(i for i in self.recent if i != recent[0])]
+        return recent[0]
 
     def handles(self) -> tuple[int, ...]:
         first = self.handle()
@@ -233,7 +235,7 @@ class _Draw:
         i = self.handle()
         place, known = self.place(i), self.known[i]
         put = ("put", "fetch") if self.cuda else ("fetch",)
-        by = self.one((*self.natives, "jax", "host", *put))
+        by = self.one((*self.natives, "jax", *self.natives, "host", *put))
         hows = ["fresh"] if by in ("host", *put) else ["fresh", "scope"]
         if by == "jax":
             hows += ["held"] * (known.taken == "live")
@@ -304,9 +306,9 @@ class _Draw:
         argument: Any = None
         part = WHOLE
         if len(handles) == 1:
-            part = self.one((WHOLE, WHOLE, 1, 2, 3))
+            part = self.one((WHOLE, WHOLE, WHOLE, 1, 2, 3))
             if part == WHOLE:
-                argument = self.one((None, None, self.handle(*handles), "array"))
+                argument = self.one((None, None, None, self.handle(*handles), "array"))
         others = (argument,) if isinstance(argument, int) else ()
         place = self.place(*handles, *others)
         ordered = by != "jax" or self.choose(3) < 2
@@ -317,7 +319,7 @@ class _Draw:
             self.known[i].lent = self.known[i].lent or by == "jax"
         heavy = (by == "jax" or self.cuda) and self.choose(3) > 0
         alone = by == "jax" and len(handles) == 1 and argument is None
-        jitted = self.one(("", "", "donating", "plain")) if alone else ""
+        jitted = self.one(("", "", "donating", "plain", "plain")) if alone else ""
         return Update(
             handles=handles,
             by=by,
@@ -367,8 +369,8 @@ class _Draw:
 
 
 KINDS = (
-    *("look", "reader", "write", "update") * 4,
-    *("copy", "commit", "reader", "update") * 2,
+    *("look", "reader", "update", "write") * 5,
+    *("look", "update", "commit", "copy") * 3,
     *("fill", "collect", "dead", "dead"),
 )
 
@@ -382,7 +384,7 @@ def draw(
     longest: int = 20,
 ) -> Program:
     """Draw a program from ``choose(n)``, which gives a number from 0 to n - 1; 0 is simplest."""
-    dtypes = tuple(DTYPES[choose(2)] for _ in range(2 + choose(3)))
+    dtypes = tuple(DTYPES[choose(2)] for _ in range((2, 2, 3, 4)[choose(4)]))
     owner = "jax" if not cuda and choose(4) == 3 else "native"
     drawing = _Draw(choose, len(dtypes), cuda, streams)
     viewed = choose(2) == 1

@@ -178,6 +178,26 @@ def test_a_writer_that_gives_back_does_not_get_ahead_of_the_line():
     waiting.result(DEADLINE)
 
 
+@pytest.mark.parametrize(
+    "view", [lambda b: b.numpy(), pytest.param(lambda b: b.jax(), marks=pytest.mark.jax)]
+)
+def test_views_wait_for_a_writer_whose_turn_came(view):
+    (b,) = buffers(1)
+    first, second, viewer = actors(3)
+    view(b), view(b)  # from now on it is at hand
+    one, two = b.write("numpy"), b.write("numpy")
+    first.enter(one)
+    got = second.ask(two)
+    first.leave(one)
+    got.result(DEADLINE)
+    seen = viewer.start(view, b)
+    until(lambda: in_line(b) == 1 or seen.done())
+    assert not seen.done()
+    second.leave(two)
+    seen.result(DEADLINE)
+    assert_free(b)
+
+
 def test_readers_are_let_in_together_and_in_their_turn():
     (b,) = buffers(1)
     r1, r2, w1, r3, r4 = actors(5)
@@ -616,7 +636,8 @@ def test_waiting_for_who_waits_is_no_circle():
 # --- nothing left behind ---------------------------------------------------------------------
 
 
-def test_a_request_that_gave_up_leaves_nothing_behind():
+@pytest.mark.parametrize("kind", ["read", "write"])
+def test_a_request_that_gave_up_leaves_nothing_behind(kind):
     a, b, c = buffers(3)
     holding, giving_up = actors(2)
     scope = b.write("numpy")
@@ -624,7 +645,7 @@ def test_a_request_that_gave_up_leaves_nothing_behind():
     said = r"a writer \(thread 'actor 0'\)\. Nothing was changed"
     for timeout in (0, 0.01, -1):
         with pytest.raises(rlx.AccessTimeoutError, match=said):
-            giving_up.enter(rlx.write([a, b, c], "numpy", timeout=timeout))
+            giving_up.enter(getattr(rlx, kind)([a, b, c], "numpy", timeout=timeout))
         assert_free(a, c)
     holding.leave(scope)
     assert_free(a, b, c)

@@ -41,6 +41,7 @@ def landed(access: Access, lease: Lease, new: Any) -> None:
     for mark, views in access.marks:
         mark(views)
     access.pending = lease
+    access.order.functional_wrote()
 
 
 def order_all_after(accesses: Sequence[Access], backend: FunctionalBackend) -> None:
@@ -112,6 +113,7 @@ def land_elsewhere(
         with buffer._backend.writing():
             value = exchange(new, buffer._backend.name, copy=None)
             buffer._backend.copy_across(buffer._native, value)
+        buffer._access.order.keep(value)
         if backend.is_dead(old):
             lease.array = lease.handed = None
             buffer._access.handed.pop(lease, None)

@@ -134,6 +134,8 @@ class UpdateMixin:
                 for mark, views in access.marks:
                     mark(views)
                 access.pending = lease
+                if not settled:
+                    access.order.functional_wrote()
             else:
                 aux = land_elsewhere([self], [lease], [old], [new], aux)
             if ordered and access.native_out:
@@ -226,6 +228,8 @@ def update_many(
                     access.handed.clear()
                 if access.marks:
                     marked.append(access)
+                if not access.synchronous:
+                    access.order.functional_wrote()
             if marked:
                 tell(marked)
         else:

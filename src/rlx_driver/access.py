@@ -327,6 +327,7 @@ class Access:
         """Note that a donated program failed while it ran, and give the error for it."""
         if self.owner is not None:
             self._keep_owned_memory(lease)
+        self.order.functional_wrote()
         lease.array = lease.handed = None
         self.handed.pop(lease, None)
         if self.pending is lease:

@@ -162,6 +162,8 @@ def _put(
         _order_before(writes, [lease for _, _, lease in adopted], lost)
         for value, array in zip(moved, arrays, strict=True):
             _move(value.buffer, array, cast, blocking)
+            if value.native is None and not isinstance(array, np.ndarray):
+                value.buffer._access.order.keep(array)
         for access in dict.fromkeys(value.buffer._access for value in moved):
             access.after_native()
         for access in reads:

@@ -90,7 +90,10 @@ class Order:
         """Order a functional framework's next work after native work enqueued until now."""
 
     def functional_wrote(self) -> None:
-        """Note a write by a functional framework that a user started, after its last access."""
+        """Note a program of a functional framework that writes, and that came after all else."""
+
+    def keep(self, *objects: Any) -> None:
+        """Keep what enqueued native work reads until that is done."""
 
     def wait_result(self, array: Any, pending: Callable[[], None]) -> None:
         """Order native work after one functional array, which `pending` waits for on the host."""

@@ -70,6 +70,8 @@ class Sharing:
 class Streams(ABC):
     """The streams of one device; a stream is named by a hashable key, `==` meaning the same one."""
 
+    _kept: tuple[tuple[Any, Any], ...] = ()
+
     current: Callable[[], Hashable]
     """Gives the native framework's current stream. An attribute, for it is on the hot path."""
 
@@ -82,7 +84,10 @@ class Streams(ABC):
 
     @abstractmethod
     def record(self, stream: Hashable, event: Any = None) -> Any:
-        """Give an event for what is enqueued on a stream now; may record an old one anew."""
+        """Give an event for what is enqueued on a stream now; may record an old one anew.
+
+        Its ``query()`` tells whether it is done.
+        """
 
     @abstractmethod
     def wait_event(self, stream: Hashable, event: Any) -> None:
@@ -95,6 +100,16 @@ class Streams(ABC):
     @abstractmethod
     def synchronize(self, event: Any) -> None:
         """Make the host wait for an event."""
+
+    def keep(self, stream: Hashable, *objects: Any) -> None:
+        """Keep objects until what a stream holds now is done."""
+        self.let_go()
+        self._kept = (*self._kept, (self.record(stream), objects))
+
+    def let_go(self) -> None:
+        """Let go of what was kept for work that is done."""
+        if self._kept:
+            self._kept = tuple(entry for entry in self._kept if not entry[0].query())
 
     @abstractmethod
     def host_copies(self) -> AbstractContextManager[Hashable]:
@@ -207,8 +222,6 @@ class StreamOrder(Order):
             )
         here = streams.current()
         if here == self._shared_on:
-            if writes and (self._writes or self._reads):
-                self._written_by({})
             return
         theirs = streams.functional()
         if theirs is None:
@@ -217,14 +230,23 @@ class StreamOrder(Order):
             self._join(theirs, writes)
             if self._view_out and here != theirs:
                 streams.wait_event(theirs, streams.record(here))
-        if writes or theirs is None:
-            self._written_by({})
+        if theirs is None:
+            self._written_by({})  # all of it is done
         else:
             self._refresh()
 
     def functional_wrote(self) -> None:
-        """Note a program of the user, which came after all that its array had come after."""
+        """Note a program that writes, and that came after all there was."""
         self._written_by({})
+
+    def keep(self, *objects: Any) -> None:
+        """Keep memory of the functional framework that the current stream reads.
+
+        Its allocator takes memory back for its own stream, and knows of no other.
+        """
+        here = self._streams.current()
+        if here != self._streams.functional():
+            self._streams.keep(here, *objects)
 
     def wait_result(self, array: Any, pending: Callable[[], None]) -> None:
         """Make the current stream wait for a functional array that is no pending result of ours."""
@@ -286,6 +308,7 @@ class StreamOrder(Order):
         self._refresh()
 
     def _refresh(self) -> None:
+        self._streams.let_go()
         theirs = self._streams.functional()
         members = self._writes.keys() | self._reads.keys()
         together = theirs is not None and members <= {theirs}
