@@ -1,5 +1,6 @@
 """Taking turns: who comes first, who may pass, who would wait for ever, and what is left behind."""
 
+import _thread
 import contextlib
 import itertools
 import queue
@@ -476,6 +477,62 @@ def test_who_holds_something_that_nobody_waits_for_does_not_pass():
         holding.enter(b.write("numpy", timeout=0.01))
     on_a.leave(sa)
     got.result(DEADLINE)
+
+
+@pytest.mark.jax
+def test_a_callback_passes_who_waits_for_its_update():
+    import jax
+
+    a, b = buffers(2)
+    updating, pair = actors(2)
+    both = rlx.write([a, b], "numpy")
+
+    def read(x):
+        until(lambda: in_line(b) == 1)
+        with b.read("numpy") as n:  # kept for the pair, which waits for this to end
+            return x + n[0]
+
+    def step(x):
+        return jax.pure_callback(read, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    a.numpy()  # so that the update waits for its result
+    updated = updating.start(a.update, step)
+    until(lambda: a._access.writer)
+    got = pair.ask(both)
+    updated.result(DEADLINE)
+    got.result(DEADLINE)
+    pair.leave(both)
+    assert_free(a, b)
+
+
+def test_a_thread_that_python_did_not_start_never_waits():
+    """It may be a callback of what it would wait for; only Python's own threads are known."""
+    a, b = buffers(2)
+    on_a, pair = actors(2)
+    sa, both = a.write("numpy"), rlx.write([a, b], "numpy")
+    on_a.enter(sa)
+    got = pair.ask(both)
+
+    def outcome(buffer):
+        future = Future()
+
+        def read():
+            try:
+                with buffer.read("numpy") as n:
+                    future.set_result(n[0].item())
+            except BaseException as error:
+                future.set_exception(error)
+
+        _thread.start_new_thread(read, ())
+        return future
+
+    assert outcome(b).result(DEADLINE) == 0  # kept for the pair, but free
+    with pytest.raises(rlx.StaleViewError, match="being written"):
+        outcome(a).result(DEADLINE)
+    on_a.leave(sa)
+    got.result(DEADLINE)
+    pair.leave(both)
+    assert_free(a, b)
 
 
 # --- waiting for ever ------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import gc
 import random
 import types
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -740,6 +741,23 @@ def test_an_update_waits_for_a_reader_of_the_other_framework(place):
     check(place, scenario, [[1, 1]], host_waits=True)
 
 
+def test_a_program_that_donates_comes_after_readers_of_the_other_framework(place):
+    """The array may be donated, so that whoever takes it may write."""
+
+    def scenario(place, make):
+        b = make([1, 1])
+        with place.side:
+            place.side.hold()
+            with b.read(NATIVE) as view:
+                before = view.clone()
+        result = place.fake.jit(plus_one, donate_argnums=[0])(b.array(FUNCTIONAL))
+        if make == place.buffer:
+            rlx.commit(getattr(b, "buffer", b), result)
+        return before
+
+    check(place, scenario, [[1, 1]])
+
+
 def test_a_copy_between_buffers_is_a_reader_of_its_source(place):
     def scenario(place, make):
         source, target = make([1, 1]), make([0, 0])
@@ -829,6 +847,11 @@ def test_an_update_that_has_to_be_copied_back_is_in_order(place):
     assert _run(place, scenario, place.buffer) == [[3, 3], [3, 3]]
 
 
+def use_memory(place):
+    """Let the functional framework write to all memory that was given back to it."""
+    return [place.fake.functional(np.full(2, 9, np.float32)) for _ in range(30)]
+
+
 @pytest.mark.parametrize("how", ["copy_from", "from_array"])
 def test_a_copy_of_a_functional_array_may_outlive_it(place, how):
     """Its memory goes back to the other framework, which knows nothing of the copy under way."""
@@ -845,7 +868,7 @@ def test_a_copy_of_a_functional_array_may_outlive_it(place, how):
             else:
                 target = rlx.Buffer.from_array(array, copy=True)
         del array
-        place.fake.functional(np.full(2, 9, np.float32))  # in the memory of the array, if it may
+        use_memory(place)
         place.side.release()
         return target.array(target._backend.name if how == "from_array" else NATIVE).clone()
 
@@ -865,7 +888,7 @@ def test_a_result_that_is_copied_back_may_be_gone_before_the_copy_is_made(place)
             place.side.hold()
             b.update(plus_one, framework=FUNCTIONAL)
         place.fake.on_host_wait = on_host_wait
-        place.fake.functional(np.full(2, 9, np.float32))
+        use_memory(place)
         place.side.release()
         return b.array(NATIVE).clone()
 
@@ -965,28 +988,247 @@ def test_accesses_on_one_stream_of_the_native_framework_wait_for_nothing(place):
 
 
 def test_memory_is_not_used_again_before_a_stream_has_read_it(place):
-    def read_late(place, make):
+    def scenario(place, make):
         b = make([1, 1])
-        address = (b if make == place.raw else getattr(b, "buffer", b)).array(NATIVE).address
         place.side.hold()
         with place.side, b.read(NATIVE) as view:
             copy = view.clone()
         del b, view
         gc.collect()
-        fresh = place.fake.array(np.full(2, 9, np.float32))
-        return address, fresh, copy
+        others = [place.fake.array(np.full(2, 9, np.float32)) for _ in range(30)]
+        place.side.release()
+        del others
+        return copy
 
-    if place.methods:
-        pytest.skip("nothing here depends on how the view is taken")
-    address, fresh, copy = read_late(place, place.buffer)
-    assert fresh.address != address
-    place.side.release()
-    assert copy.read().tolist() == [1, 1]
-    assert place.fake.array(np.zeros(2, np.float32)).address == address, "and now it may be"
-    address, fresh, copy = read_late(place, place.raw)
-    assert fresh.address == address
-    place.side.release()
-    assert copy.read().tolist() == [9, 9]
+    check(place, scenario, [[1, 1]])
+
+
+def test_memory_that_an_update_still_uses_is_not_used_again(place):
+    def scenario(place, make):
+        b = make([1, 1])
+        place.compute.hold()
+        b.update(plus_one, framework=FUNCTIONAL, ordered=False)
+        seen = place.copied(b.array(FUNCTIONAL))
+        del b
+        gc.collect()
+        others = [place.fake.array(np.full(2, 9, np.float32)) for _ in range(30)]
+        place.compute.release()
+        del others
+        return seen
+
+    check(place, scenario, [[2, 2]], control=False)  # its arrays keep it by themselves
+
+
+# --- command streams -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain(request):
+    """A place without another current stream than the default one."""
+    with FakeDevice() as fake:
+        yield fake
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_command_stream_works_in_the_way_of_its_device(way):
+    with FakeDevice(order=way) as fake:
+        stream = rlx.command_stream(fake.device)
+        assert isinstance(stream, rlx.CommandStream)
+        assert stream.device == fake.device
+        assert (stream.native is fake.stream("compute")) is (way == "shared")
+        assert str(stream.sharing.way) == way
+        side = rlx.command_stream(fake.device, side=True)
+        assert side.native not in (stream.native, fake.stream("compute"), fake.stream())
+
+
+def test_a_way_is_forced_for_the_work_under_one_stream(plain):
+    plain.on_host_wait = "release"
+    b = rlx.Buffer.zeros(2, "f32", plain.device)
+    b.array(FUNCTIONAL)
+    for way in WAYS:
+        stream = rlx.command_stream(plain.device, order=way)
+        plain.stream("compute").hold()
+        plain.log.clear()
+        with stream:
+            b.update(plus_one, framework=FUNCTIONAL)
+            b.array(NATIVE).add_(1)
+        assert bool(plain.host_waits) is (way == "host")
+        assert (stream.native is plain.stream("compute")) is (way == "shared")
+        plain.release()
+    assert b.to_host().numpy().tolist() == [6, 6]
+
+
+def test_a_way_that_is_unknown_or_cannot_be_had_is_refused(plain):
+    with pytest.raises(rlx.DriverError, match="'best' is no way"):
+        rlx.command_stream(plain.device, order="best")
+    with pytest.raises(rlx.DriverError, match="cannot be had"):
+        rlx.command_stream(plain.device, side=True, order="shared")
+
+
+def test_streams_nest_and_each_thread_has_its_own(plain):
+    outer, inner = (rlx.command_stream(plain.device, side=True) for _ in range(2))
+
+    def current():
+        work = plain.array(np.zeros(1))
+        del work
+        return plain.log[-1].stream
+
+    assert current() == "default"
+    with outer:
+        assert current() == outer.native.name
+        with inner:
+            assert current() == inner.native.name
+            with outer:
+                assert current() == outer.native.name
+            with ThreadPoolExecutor(1) as another:
+                assert another.submit(current).result() == "default"
+        assert outer.launch(current) == outer.native.name
+        assert inner.launch(current) == inner.native.name
+        assert current() == outer.native.name
+    assert current() == "default"
+
+
+def test_launched_work_runs_when_its_stream_does(plain):
+    stream = rlx.command_stream(plain.device, side=True)
+    x = plain.array(np.ones(2))
+    stream.native.hold()
+    y = stream.launch(lambda: x * 5)
+    event = stream.record()
+    assert isinstance(event, rlx.Event)
+    assert not event.is_ready()
+    with pytest.raises(HangError, match=stream.native.name):
+        stream.wait()
+    with pytest.raises(HangError, match=stream.native.name):
+        event.wait()
+    stream.native.release()
+    assert event.is_ready()
+    event.wait()
+    stream.submit_and_wait()
+    assert y.read().tolist() == [5, 5]
+
+
+def test_events_are_timed(plain):
+    stream = rlx.command_stream(plain.device, side=True)
+    x = plain.array(np.ones(2))
+    start = stream.record()
+    stream.launch(lambda: x.add_(1).add_(1))
+    assert start.elapsed_ms(stream.record()) == 2
+
+
+@pytest.mark.parametrize("what", ["stream", "event"])
+def test_a_stream_waits_for_another_on_the_device(plain, what):
+    first, second = (rlx.command_stream(plain.device, side=True) for _ in range(2))
+    x = plain.array(np.zeros(2))
+    for ordered in (True, False):
+        first.native.hold()
+        first.launch(x.fill_, 7)
+        if ordered:
+            second.wait_for(first if what == "stream" else first.record())
+        copy = second.launch(x.clone)
+        assert second.native.pending == (("clone",) if ordered else ())
+        first.native.release()
+        second.wait()
+        with second:
+            assert copy.read().tolist() == [7, 7] if ordered else [0, 0]
+        x.fill_(0)
+
+
+def test_a_stream_waits_for_one_of_another_device():
+    with FakeDevice(count=2) as fake:
+        first, second = map(rlx.command_stream, fake.devices)
+        x = fake.array(np.ones(2), fake.devices[1])
+        first.native.hold()
+        first.launch(lambda: fake.array(np.zeros(2)))
+        second.wait_for(first)
+        copy = second.launch(x.clone)
+        assert second.native.pending == ("clone",)
+        first.native.release()
+        with second:
+            assert copy.read().tolist() == [1, 1]
+
+
+def test_a_stream_comes_after_the_functional_arrays_that_it_tracks(plain):
+    stream = rlx.command_stream(plain.device, side=True)
+    plain.stream("compute").hold()
+    array = plain.jit(plus_one)(plain.functional(np.zeros(2)))
+    stream.track({"a": [array]})
+    flag = plain.array(np.zeros(1))
+    stream.launch(flag.fill_, 1)
+    assert stream.native.pending == ("fill_",)
+    plain.stream("compute").release()
+    stream.wait()
+    assert flag.read() == 1
+
+
+def test_a_failure_travels_to_the_streams_that_wait(plain):
+    first, second, third = (rlx.command_stream(plain.device, side=True) for _ in range(3))
+    before = first.record()
+    first.launch(lambda: 1 // 0)
+    assert first.launch(lambda: 5) is None
+    event = first.record()
+    second.wait_for(first)
+    third.wait_for(before)
+    assert second.launch(lambda: 5) is None
+    assert third.launch(lambda: 5) == 5
+    third.wait_for(second)
+    assert third.launch(lambda: 6) is None
+    for each in (first, event, second, third):
+        with pytest.raises(ZeroDivisionError):
+            each.wait()
+    assert [each.launch(lambda: 7) for each in (first, second, third)] == [7, 7, 7]
+
+
+def test_work_that_fails_on_the_device_is_raised_by_wait(plain):
+    stream = rlx.command_stream(plain.device, side=True)
+    x = plain.array(np.zeros(2))
+    stream.native.hold()
+    plain.fail_next("work", ArithmeticError("on the device"))
+    assert stream.launch(x.add_, 1) is x
+    stream.native.release()
+    with pytest.raises(ArithmeticError, match="on the device"):
+        stream.wait()
+    stream.wait()
+
+
+def test_what_pending_work_uses_is_kept_until_it_is_done(plain):
+    class Scratch:
+        pass
+
+    stream = rlx.command_stream(plain.device, side=True)
+    x = plain.array(np.zeros(2))
+    stream.native.hold()
+    scratch = Scratch()
+    kept = weakref.ref(scratch)
+    stream.launch(_use, x, scratch)
+    del scratch
+    stream.record()
+    assert not gone(kept)
+    stream.native.release()
+    stream.record()
+    assert gone(kept)
+
+
+def _use(x, scratch):
+    x.add_(1)
+
+
+def test_memory_of_an_array_made_on_a_stream_is_kept_for_its_work(plain):
+    """The array is dropped before its work has run, and other work on another stream allocates."""
+    stream = rlx.command_stream(plain.device, side=True)
+    x = plain.array(np.full(2, 5.0))
+    stream.native.hold()
+    stream.launch(lambda: x.mul_(2))
+    address = x.address
+    del x
+
+    def is_free():
+        arrays = [plain.array(np.zeros(2)) for _ in range(5)]
+        return address in [array.address for array in arrays]
+
+    assert not is_free()
+    stream.native.release()
+    stream.wait()
+    assert is_free()
 
 
 # --- programs by chance, as late as may be -------------------------------------------------------

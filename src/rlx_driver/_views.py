@@ -260,7 +260,8 @@ class ViewsMixin:
                 lease = self._lease(target)
                 access.settle_for(lease)
                 if not access.synchronous:
-                    access.order.before_functional(writes=False)
+                    # What goes out may be donated to a program of the user, which writes.
+                    access.order.before_functional(writes=not in_scope)
                 array = lease.array
                 if array is None:
                     array = self._imported(lease)

@@ -126,7 +126,7 @@ class AddressSpace:
 
     def _used_before(self, padded: int, stream: FakeStream) -> tuple[int, Bytes] | None:
         stream.scheduler.run()  # past the marks that `_give_back` has set
-        for free in list(self._free):
+        for free in reversed(list(self._free)):  # the last first, which shows mistakes soonest
             if (
                 free.memory.size == padded
                 and free.stream is stream
