@@ -302,13 +302,16 @@ class _Draw:
 
     def update(self) -> Op | None:
         handles = self.handles()
-        by = self.one(("jax", "jax", "jax", *self.natives))
+        by = self.one(("jax", "jax", "jax", *self.natives, "torch"))
         argument: Any = None
         part = WHOLE
         if len(handles) == 1:
-            part = self.one((WHOLE, WHOLE, WHOLE, 1, 2, 3))
-            if part == WHOLE:
-                argument = self.one((None, None, None, self.handle(*handles), "array"))
+            part = self.one((WHOLE, WHOLE, WHOLE, WHOLE, 1, 2, 3))
+            if (
+                part == WHOLE
+                and (argument := self.one((None, None, "handle", "array"))) == "handle"
+            ):
+                argument = self.handle(*handles)
         others = (argument,) if isinstance(argument, int) else ()
         place = self.place(*handles, *others)
         ordered = by != "jax" or self.choose(3) < 2
@@ -385,7 +388,7 @@ def draw(
 ) -> Program:
     """Draw a program from ``choose(n)``, which gives a number from 0 to n - 1; 0 is simplest."""
     dtypes = tuple(DTYPES[choose(2)] for _ in range((2, 2, 3, 4)[choose(4)]))
-    owner = "jax" if not cuda and choose(4) == 3 else "native"
+    owner = "jax" if not cuda and choose(6) == 5 else "native"
     drawing = _Draw(choose, len(dtypes), cuda, streams)
     viewed = choose(2) == 1
     if viewed:

@@ -12,6 +12,7 @@ import pytest
 import rlx_driver as rlx
 from rlx_driver import _hooks
 from rlx_driver._watch import Watch
+from rlx_driver.backends.base import accounting
 from rlx_driver.registry import registry
 from support import must_run, python
 
@@ -91,9 +92,14 @@ WRITERS = ["numpy", "torch"]
 # --- bytes that change under a view ----------------------------------------------------------
 
 
+def through(scope):
+    """Enter a scope, leave it, and give what it gave."""
+    with scope as given:
+        return given
+
+
 def take_by_scope(b):
-    with b.read("jax") as j:
-        return j
+    return through(b.read("jax"))
 
 
 TAKES = {
@@ -103,20 +109,15 @@ TAKES = {
     "views": lambda b: rlx.views({"b": b}, "jax")["b"],
     "exchange": lambda b: rlx.exchange(b, "jax"),
     "scope": take_by_scope,
-    "scope of a tree": lambda b: rlx.read([b], "jax").__enter__()[0],
+    "scope of a tree": lambda b: through(rlx.read([b], "jax"))[0],
     "slice": lambda b: b[:2].jax(),
     "reinterpreted": lambda b: b.view("u8").jax(),
 }
 
 
-def write_scope(b):
-    with b.write("torch"):
-        pass
-
-
 NOTICED = {
-    "write scope": write_scope,
-    "tree scope": lambda b: rlx.write([b, filled()], "numpy").__enter__(),
+    "write scope": lambda b: through(b.write("torch")),
+    "tree scope": lambda b: through(rlx.write([b, filled()], "numpy")),
     "update jax": lambda b: b.update(plus_one),
     "update jax, unordered": lambda b: b.update(plus_one, ordered=False),
     "update numpy": lambda b: b.update(plus_one, framework="numpy"),
@@ -149,6 +150,8 @@ def test_a_write_under_a_view_is_found_however_the_view_was_taken(take, writer):
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("notice", [pytest.param(f, id=name) for name, f in NOTICED.items()])
 def test_a_write_under_a_view_is_found_once_wherever_it_is_noticed(kv, way, notice, writer):
+    if way == "references" and notice is hand_out_jax:
+        pytest.skip("who holds an array that is being handed out cannot be counted")
     with pytest.raises(rlx.RaceError), rlx.checking() as check:
         view = hand_out_mutable(kv, writer)
         held = hand_out_jax(kv)
@@ -156,10 +159,7 @@ def test_a_write_under_a_view_is_found_once_wherever_it_is_noticed(kv, way, noti
         notice(kv)
         noticed = len(check.races)
     race = only(check)
-    known_at_once = notice is not NOTICED["the end"] and not (
-        way == "references" and notice is hand_out_jax
-    )
-    assert noticed == known_at_once
+    assert noticed == (notice is not NOTICED["the end"])
     assert (race.label, race.kind) == ("handle 'kv'", "changed under a view")
     assert race.frameworks == ("jax", writer)
     del held
@@ -192,8 +192,9 @@ def test_the_text_names_the_handle_both_frameworks_and_every_place(kv, writer):
     text = str(race)
     assert text in str(caught.value)
     assert "handle 'kv' changed while a view of jax was live" in text
-    assert f"the jax view was handed out at:\n    File {__file__!r}".replace("'", '"') in text
+    assert "the jax view was handed out at:\n" in text
     assert f"a {writer} view was handed out at:\n" in text
+    assert f'File "{__file__}", {line_of(hand_out_jax)}' in text
     for function in (hand_out_jax, hand_out_mutable, notice):
         assert line_of(function) in text
     assert line_of(hand_out_jax) in str(race.handed_out_at)
@@ -458,7 +459,6 @@ USES = {
     "item": lambda view: float(view[0, 0]),
     "container": use_in_a_container,
     "attribute": use_by_attribute,
-    "torch": torch.from_dlpack,
 }
 
 
@@ -558,7 +558,7 @@ SILENT = {
     "module": lambda b: b.array(torch),
     "slice": lambda b: b[1].numpy(),
     "views": lambda b: rlx.views([b], "torch"),
-    "read scope": lambda b: b.read("numpy").__enter__(),
+    "read scope": lambda b: through(b.read("numpy")),
     "asarray": np.asarray,
     "dlpack": torch.from_dlpack,
     "to_host": lambda b: b.to_host(),
@@ -580,7 +580,11 @@ def test_a_donation_that_was_never_committed_is_found_where_nothing_else_notices
             del view
         use(kv)
         race = only(check)
-        assert (race.label, race.kind, race.frameworks) == ("handle 'kv'", "not committed", ("jax",))
+        assert (race.label, race.kind, race.frameworks) == (
+            "handle 'kv'",
+            "not committed",
+            ("jax",),
+        )
         assert line_of(hand_out_jax) in str(race.handed_out_at)
         assert "commit" in str(race)
         use(kv)
@@ -592,7 +596,6 @@ def test_a_donation_that_was_never_committed_is_found_at_the_end(kv, way):
     with pytest.raises(rlx.RaceError), rlx.checking() as check:
         new = donating(hand_out_jax(kv))
     assert only(check).kind == "not committed"
-    assert "_checking" not in str(check.races[0])
     del new
 
 
@@ -831,17 +834,17 @@ def exceptions_in_blocks():
     def broken(x, y):
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError) as caught:
+    with pytest.raises(ZeroDivisionError):
         c.update(broken, b)
-    with pytest.raises(ZeroDivisionError) as again:
+    with pytest.raises(ZeroDivisionError):
         b.update(broken, c, framework="numpy")
-    n[0] = 6  # the frames of the error hold what the driver gave to the step
+    n[0] = 6
     with pytest.raises(rlx.ShapeError):
         b.update(lambda x: x[0])
     with pytest.raises(rlx.ShapeError):
         rlx.commit(b, np.zeros(3, "f4"))
     n[0] = 7
-    del caught, again, held
+    del held
 
 
 def failing_program():
@@ -1115,6 +1118,21 @@ def test_a_legal_program_is_legal_without_the_checker(program, caplog):
     program()
 
 
+def test_an_error_that_is_kept_keeps_no_view_that_only_the_driver_gave_to_a_step():
+    b, c = filled(), filled()
+
+    def broken(x, y):
+        raise ZeroDivisionError
+
+    with rlx.checking() as check:
+        with pytest.raises(ZeroDivisionError) as caught:
+            c.update(broken, b)
+        b.numpy()[0] = 6  # the frames of the error have b's array still
+        b.update(plus_one)
+    assert check.races == []
+    assert caught.traceback
+
+
 def test_a_write_through_a_view_from_before_the_block_is_legal_where_no_view_is_live(kv):
     n, t = kv.numpy(), kv.torch()
     float(kv.jax().sum())
@@ -1185,40 +1203,36 @@ def test_the_view_that_is_handed_out_can_do_what_the_array_can(kv, way):
 
 def test_the_checker_keeps_no_memory(way):
     def in_use():
+        if way == "references":  # then it is looked up, at any access
+            rlx.Buffer.zeros(1).numpy()
         gc.collect()
-        return rlx.Device("cpu").memory().used_by_driver if False else accounting_in_use()
+        return accounting.in_use(rlx.Device("cpu"))
 
     before = in_use()
     with rlx.checking():
-        b = filled()
+        b = rlx.Buffer.zeros((4, 16))
         held = b.jax()
         b.update(plus_one)
         del b
         assert in_use() == before, "a dead view holds nothing"
-        b = filled()
+        b = rlx.Buffer.zeros((4, 16))
         new = donating(b.jax())
         rlx.commit(b, new)
         del b, new
         assert in_use() == before
-        b = filled()
+        b = rlx.Buffer.zeros((4, 16))
         for _ in range(5):
             b.jax(), b[1].jax(), b.numpy(), b.torch()
         new = donating(b.jax())
         del b, new
         assert in_use() == before
-        b = filled()
+        b = rlx.Buffer.zeros((4, 16))
         view = b.jax()
         del b
         assert in_use() > before
         del view
         assert in_use() == before
     del held
-
-
-def accounting_in_use():
-    from rlx_driver.backends.base import accounting
-
-    return accounting.in_use(rlx.Device("cpu"))
 
 
 def test_watches_are_forgotten(kv):
@@ -1298,7 +1312,7 @@ def test_a_warning_that_is_an_error_leaves_everything_usable(kv):
     n = kv.numpy()
     for access in (
         lambda: kv.update(plus_one),
-        write_scope.__get__(kv),
+        lambda: through(kv.write("torch")),
         lambda: kv.copy_from(np.zeros((4, 16), "f4")),
         lambda: rlx.commit(kv, np.zeros((4, 16), "f4")),
         kv.jax,

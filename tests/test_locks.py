@@ -27,17 +27,21 @@ class Actor:
 
     def __init__(self, name):
         self._calls = queue.SimpleQueue()
+        self._inside = []  # scopes that it stands in
         self.name = name
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
+        everyone.append(self)
 
     def _run(self):
-        while True:
-            future, function, args, kwargs = self._calls.get()
+        while (call := self._calls.get()) is not None:
+            future, function, args, kwargs = call
             try:
                 future.set_result(function(*args, **kwargs))
             except BaseException as error:
                 future.set_exception(error)
+        for scope in reversed(self._inside):
+            scope.__exit__(None, None, None)
 
     def start(self, function, *args, **kwargs):
         """Do something; a Future of what it gives."""
@@ -48,18 +52,38 @@ class Actor:
     def do(self, function, *args, **kwargs):
         return self.start(function, *args, **kwargs).result(DEADLINE)
 
+    def start_to_enter(self, scope):
+        def enter():
+            scope.__enter__()
+            self._inside.append(scope)
+
+        return self.start(enter)
+
     def enter(self, scope):
-        self.do(scope.__enter__)
+        self.start_to_enter(scope).result(DEADLINE)
 
     def ask(self, scope):
         """Start to enter a scope, and see that it has to wait."""
-        future = self.start(scope.__enter__)
+        future = self.start_to_enter(scope)
         until(lambda: future.done() or self._thread.ident in [r.thread for r in _locks.sleepers])
         assert not future.done(), future
         return future
 
     def leave(self, scope):
+        self._inside.remove(scope)
         self.do(scope.__exit__, None, None, None)
+
+
+everyone = []
+
+
+def end_all():
+    """Make every actor leave its scopes, and end."""
+    for actor in everyone:
+        actor._calls.put(None)
+    for actor in everyone:
+        actor._thread.join(1)
+    everyone.clear()
 
 
 def actors(count):
@@ -111,6 +135,7 @@ def nobody_in_line(request):
         rlx.Buffer.zeros(1).update(plus_one)  # loads JAX, which is not to count as waiting
     assert _locks.sleepers == []
     yield
+    end_all()
     _locks.sleepers.clear()  # one failure is not to fail the tests that follow
     _locks._kept.clear()
 
@@ -399,7 +424,7 @@ def test_a_request_without_conflict_does_not_stand_in_line():
     sa, line = a.write("numpy"), rlx.write([a, b], "numpy")
     on_a.enter(sa)
     got = on_line.ask(line)
-    free.do(lambda: c.write("numpy", timeout=0).__enter__())
+    free.enter(c.write("numpy", timeout=0))
     on_a.leave(sa)
     got.result(DEADLINE)
 
@@ -439,7 +464,7 @@ def test_a_nested_scope_passes_who_waits_for_it_by_way_of_another(nested_first):
         got_a = between.ask(a.write("numpy"))  # now the pair does
     else:
         got_a = between.ask(a.write("numpy"))
-        got_b = nesting.start(on_b.__enter__)
+        got_b = nesting.start_to_enter(on_b)
     got_b.result(DEADLINE)
     assert not got_a.done()
     nesting.leave(on_b)
@@ -567,7 +592,7 @@ def test_who_closes_a_circle_gets_an_error_and_the_rest_goes_on(count, reads):
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_of_threads_that_close_a_circle_at_once_one_gets_an_error(count):
-    everyone = actors(count)
+    threads = actors(count)
     for _ in range(30):
         all_buffers = buffers(count)
         together = threading.Barrier(count)
@@ -578,7 +603,7 @@ def test_of_threads_that_close_a_circle_at_once_one_gets_an_error(count):
                 with all_buffers[(i + 1) % count].write("numpy") as n:
                     n += 1
 
-        futures = [actor.start(nest, i) for i, actor in enumerate(everyone)]
+        futures = [actor.start(nest, i) for i, actor in enumerate(threads)]
         errors = [future.exception(DEADLINE) for future in futures]
         assert [type(e) for e in errors if e is not None] == [rlx.StaleViewError]
         assert sum(b.numpy()[0] for b in all_buffers) == count - 1
@@ -587,9 +612,9 @@ def test_of_threads_that_close_a_circle_at_once_one_gets_an_error(count):
 
 def test_two_readers_that_both_ask_to_write_get_an_error_each():
     (b,) = buffers(1)
-    for actor in (everyone := actors(2)):
+    for actor in (readers := actors(2)):
         actor.enter(b.read("numpy"))
-    for actor in everyone:
+    for actor in readers:
         with pytest.raises(rlx.StaleViewError, match="leave the read scope"):
             actor.enter(b.write("numpy"))
 

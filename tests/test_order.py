@@ -201,9 +201,8 @@ def events(methods):
 def make_place(way, methods):
     """In the shared way the current stream is the compute stream, as in ``with stream:``."""
     on_host_wait = "release" if way == "host" else "raise"
-    with FakeDevice(order=way, on_host_wait=on_host_wait) as fake:
-        with fake.stream(WAYS[way]) as here:
-            yield Place(fake, way, here, fake.stream("side"), methods)
+    with FakeDevice(order=way, on_host_wait=on_host_wait) as fake, fake.stream(WAYS[way]) as here:
+        yield Place(fake, way, here, fake.stream("side"), methods)
 
 
 def check(place, scenario, expected, *, host_waits=None, control=True):
@@ -459,8 +458,7 @@ def test_a_write_is_seen_by_one_on_another_stream(place):
         late_write(place, b)
         with place.side, b.write(NATIVE) as view:
             view[:1].add_(1)
-            copy = view.clone()
-        return copy
+            return view.clone()
 
     check(place, scenario, [[8, 7]], host_waits=False)
 
@@ -830,6 +828,23 @@ def test_a_step_that_is_refused_leaves_the_order_as_it_was(place):
         return copy, _later(place, fetched.wait)
 
     check(place, scenario, [[7, 7], [7, 7]])
+
+
+def test_a_step_that_is_refused_forgets_no_reader(place):
+    """It has fenced the readers of a slice, and then it did not write."""
+
+    def scenario(place, make):
+        b = make([1, 1])
+        place.copies.hold()
+        before = b[:1].array(FUNCTIONAL).fetch()
+        with contextlib.suppress(rlx.ShapeError):
+            if make == place.buffer:
+                b.update(wrong_shape, framework=FUNCTIONAL)
+        with place.side, b.write(NATIVE) as view:
+            view.fill_(9)
+        return _later(place, before.wait)
+
+    check(place, scenario, [[1]], host_waits=True)
 
 
 def test_an_update_that_has_to_be_copied_back_is_in_order(place):
@@ -1217,7 +1232,7 @@ def test_memory_of_an_array_made_on_a_stream_is_kept_for_its_work(plain):
     stream = rlx.command_stream(plain.device, side=True)
     x = plain.array(np.full(2, 5.0))
     stream.native.hold()
-    stream.launch(lambda: x.mul_(2))
+    stream.launch(x.mul_, 2)
     address = x.address
     del x
 

@@ -37,7 +37,7 @@ def seeded(seed, **options):
 
 
 @settings(
-    max_examples=200,
+    max_examples=300,
     deadline=None,
     derandomize=True,
     database=None,

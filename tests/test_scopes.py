@@ -14,6 +14,7 @@ import jax.numpy as jnp  # noqa: E402
 
 from buffer_support import (  # noqa: E402
     address,
+    enter_and_leave,
     ever,
     in_thread,
     is_intact,
@@ -168,7 +169,7 @@ def test_a_writer_keeps_other_threads_out_until_a_timeout(framework, intrude):
 def test_an_access_timeout_is_a_timeout_error():
     b = rlx.Buffer.zeros(4)
     with b.write("numpy"), pytest.raises(TimeoutError):
-        in_thread(lambda: b.read("numpy", timeout=0).__enter__())
+        in_thread(enter_and_leave, b.read("numpy", timeout=0))
 
 
 def test_a_reader_keeps_writers_of_other_threads_out():
@@ -259,7 +260,7 @@ def test_a_writer_that_gives_up_lets_readers_in_again():
     with b.read("numpy"):
         with pytest.raises(rlx.AccessTimeoutError):
             in_thread(lambda: b.write("numpy", timeout=0.01).__enter__())
-        in_thread(lambda: b.read("numpy", timeout=0).__enter__())
+        in_thread(enter_and_leave, b.read("numpy", timeout=0))
 
 
 def test_writers_of_several_threads_take_turns():
@@ -704,3 +705,58 @@ def test_without_jax_scopes_work_and_jax_is_not_loaded():
         assert "jax" not in sys.modules and "torch" not in sys.modules
         """
     )
+
+
+# --- scopes that nobody leaves --------------------------------------------------------------------
+
+
+def abandoned(b, mode):
+    def program():
+        with getattr(b, mode)("numpy") as n:
+            if mode == "write":
+                n[0] = 7
+            yield
+
+    generator = program()
+    next(generator)
+    return generator
+
+
+@pytest.mark.parametrize("mode", ["read", "write"])
+def test_a_scope_in_a_generator_that_is_dropped_is_left(mode):
+    b = rlx.Buffer.zeros(4)
+    generator = abandoned(b, mode)
+    del generator
+    with b.write("numpy", timeout=5) as n:
+        assert n[0] == (7 if mode == "write" else 0)
+
+
+@pytest.mark.parametrize("mode", ["read", "write"])
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["same thread", "another thread"])
+def test_a_scope_that_is_entered_and_dropped_is_given_back(mode, elsewhere):
+    b = rlx.Buffer.zeros(4)
+    epoch = b.epoch
+
+    def enter_and_drop():
+        scope = getattr(b, mode)("numpy")
+        scope.__enter__()
+        with pytest.warns(ResourceWarning, match="never left"):
+            del scope
+
+    if elsewhere:
+        in_thread(enter_and_drop)
+    else:
+        enter_and_drop()
+    with b.write("numpy", timeout=5) as n:
+        n[...] = 1
+    assert b.epoch == epoch + 1 + (mode == "write")
+
+
+@pytest.mark.parametrize("mode", ["read", "write"])
+def test_a_scope_may_be_left_by_another_thread(mode):
+    b = rlx.Buffer.zeros(4)
+    scope = getattr(b, mode)("numpy")
+    scope.__enter__()
+    in_thread(scope.__exit__, None, None, None)
+    with b.write("numpy", timeout=5):
+        pass

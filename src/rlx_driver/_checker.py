@@ -98,15 +98,21 @@ class Checker:
         if not checks:
             return array  # the last block has ended meanwhile
         checks[0].note_use()
+        watch = self._known(lease, array)
+        # Before it is given out again, for then nobody can tell whether it was held. The same goes
+        # for the array itself, which our callers have too.
+        if watch is not None and watch.alias is not None:
+            self._compare(watch)
         with access.lock:
             watch = self._known(lease, array)
             alias = None if watch is None else watch.given()
             if watch is None or alias is None:
-                if lease.is_dead(array):
-                    return array  # another thread has written since
-                watch, alias = self._watched(buffer, lease, array, checks[-1])
-        if alias is not array:  # of the very array nobody can tell here who has it
-            self._compare(watch)
+                try:
+                    watch, alias = self._watched(buffer, lease, array, checks[-1])
+                except Exception:
+                    if lease.is_dead(array):
+                        return array  # another thread has written since
+                    raise
         if alias is array or watch.expected is None:
             watch.remember(access)
         self.announce()
@@ -124,10 +130,10 @@ class Checker:
     def _watched(
         self, buffer: ViewsMixin, lease: Lease, array: Any, check: Check
     ) -> tuple[Watch, Any]:
+        alias = lease.backend.alias(array)
         place = here(f"the {lease.backend.name} view was handed out at")
         watch = Watch(buffer, lease, array, place, check, self._writers_of(buffer._access))
         key = next(self._keys)
-        alias = lease.backend.alias(array)
         if alias is not array:
             watch.alias = weakref.ref(alias, functools.partial(self._let_go, key))
             lease.alias = watch.alias
@@ -162,13 +168,17 @@ class Checker:
         for watch in self._of(access):
             self._compare(watch)
 
-    def before_write(self, access: Access, others: int = 0) -> None:
-        """Compare before a write by the driver; the caller has the access for writing."""
+    def before_write(self, access: Access, updated: Lease | None = None) -> None:
+        """Compare before a write by the driver; the caller has the access for writing.
+
+        It may have the array of one lease already, the updated one.
+        """
         if access.is_recording():
             return
         place = None
         for watch in self._of(access):
-            self._compare(watch, get_ident(), others)
+            had = updated is not None and updated.array is watch.origin
+            self._compare(watch, get_ident(), others=int(had))
             watch.expect_death()
             if not watch.is_dead():
                 watch.written_at = place = place or here("a write by the driver ended it at")
@@ -179,16 +189,20 @@ class Checker:
         for watch in self._of(access):
             self._compare(watch, get_ident())
             self._require_commit(watch, get_ident())
-        for key, watch in list(self._watches.items()):
-            if watch.access is access:
+        for key in list(self._watches):
+            watch = self._watches.get(key)
+            if watch is not None and watch.access is access:
                 self._watches.pop(key, None)
 
     def _of(self, access: Access) -> list[Watch]:
         """List the watches of a memory, and forget those of which nothing can come any more."""
         found = []
-        for key, watch in list(self._watches.items()):
-            theirs = watch.access
-            if theirs is access and watch.matters():
+        for key in list(self._watches):  # no items(): that allocates, and a collection may pop one
+            watch = self._watches.get(key)
+            theirs = None if watch is None else watch.access
+            if watch is None:
+                pass
+            elif theirs is access and watch.matters():
                 found.append(watch)
             elif theirs is access or (theirs is None and not watch.is_held()):
                 self._watches.pop(key, None)
@@ -211,7 +225,7 @@ class Checker:
         # since when the array had been garbage.
         try:
             watch = self._watches.get(key)
-            if watch is None:
+            if watch is None or _hooks.checker is not self:
                 return
             if watch.was_given_away():
                 watch.expect_death()

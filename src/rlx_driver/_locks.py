@@ -85,13 +85,24 @@ def acquire(
     _wait(_Request(me, writes, reads), timeout)
 
 
-def release(writes: Sequence[Access], reads: Sequence[Access] = ()) -> None:
+def release(
+    writes: Sequence[Access], reads: Sequence[Access] = (), thread: int | None = None
+) -> None:
     """Give accesses back, to those in line if there are any.
 
+    Parameters
+    ----------
+    writes, reads
+        As they were taken.
+    thread
+        Who took them, when it is another one that gives them back.
+
+    Notes
+    -----
     The token goes back before `sleepers` is read, and a thread stands in line before it looks for
     the token: one of the two sees the other.
     """
-    me = get_ident()
+    me = thread or get_ident()
     for access in writes:
         # `Access.refresh`, spelled out: this loop is the hot end of every update of a tree.
         settled = access.fast

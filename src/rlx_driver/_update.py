@@ -269,7 +269,7 @@ def _ready_lease(
 ) -> Any:
     """Give the array to donate, with everything else ordered before it."""
     if _hooks.checker is not None:
-        _hooks.checker.before_write(access, others=1)
+        _hooks.checker.before_write(access, None if keep else lease)
     if not access.synchronous:
         access.order.before_functional()
         access.note_fresh(lease)  # which the result will be

@@ -204,11 +204,15 @@ class Watch:
         return writer in (0, holder) and not self._is_explained()
 
     def _is_explained(self) -> bool:
-        """Tell whether the bytes may change: it is dead, or so is what a user got in its place."""
-        if self.is_dead():
-            return True
-        newest = self.newest
-        return newest is not self.origin and newest is not None and self.backend.is_dead(newest)
+        """Tell whether the bytes may change: it is dead, or another array of its memory is.
+
+        Another one that is dead was donated by the user, who has yet to commit the result.
+        """
+        access = self.access
+        others = [] if access is None else list(access.leases.values())
+        return self.is_dead() or any(
+            lease.array is not None and lease.is_dead(lease.array) for lease in others
+        )
 
 
 def _given(native: Any) -> Any:

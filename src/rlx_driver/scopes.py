@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
+from contextlib import suppress
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from rlx_driver import _hooks
@@ -36,6 +40,7 @@ class _Scope:
         self._timeout = timeout
         self._rebuild = rebuild
         self._accesses: list[Access] = []
+        self._thread = 0  # the one that entered
         self._reads = reads  # taken together with a writer's own, for the arguments of a step
 
     def _materialised(self) -> list[Access]:
@@ -50,6 +55,44 @@ class _Scope:
 
     def _given(self, arrays: list[Any]) -> Any:
         return arrays[0] if self._rebuild is None else self._rebuild(arrays)
+
+    def _entered(self, accesses: list[Access]) -> None:
+        self._accesses, self._thread = accesses, get_ident()
+
+    def _note(self, accesses: list[Access]) -> None:
+        """Tell the order, and whoever else asks, what was done inside."""
+        raise NotImplementedError
+
+    def _give_back(self, accesses: list[Access]) -> None:
+        raise NotImplementedError
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        accesses, self._accesses = self._accesses, []
+        try:
+            self._note(accesses)
+        finally:
+            self._give_back(accesses)
+
+    def __del__(self) -> None:
+        accesses = getattr(self, "_accesses", None)  # not there when making it failed
+        if not accesses or accesses[0].state == "forked":
+            return
+        self._accesses = []
+        self._note(accesses)
+        # The collector may have come while this very thread holds the lock that giving back needs.
+        with suppress(RuntimeError):  # the interpreter is on its way out
+            threading.Thread(target=self._give_back, args=(accesses,)).start()
+        warnings.warn(
+            f"a scope on {accesses[0].label} was entered, never left, and is gone now: use it in a "
+            "with statement. What it had taken is given back",
+            ResourceWarning,
+            stacklevel=2,
+        )
 
 
 class ReadScope(_Scope):
@@ -79,25 +122,19 @@ class ReadScope(_Scope):
         except BaseException:
             release((), accesses)
             raise
-        self._accesses = accesses
+        self._entered(accesses)
         return given
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        accesses, self._accesses = self._accesses, []
-        try:
-            if not isinstance(self._target, FunctionalBackend):
-                for access in accesses:
-                    access.after_native(wrote=False)
-            elif _hooks.checker is not None:
-                for access in accesses:
-                    _hooks.checker.after_read(access)
-        finally:
-            release((), accesses)
+    def _note(self, accesses: list[Access]) -> None:
+        if not isinstance(self._target, FunctionalBackend):
+            for access in accesses:
+                access.after_native(wrote=False)
+        elif _hooks.checker is not None:
+            for access in accesses:
+                _hooks.checker.after_read(access)
+
+    def _give_back(self, accesses: list[Access]) -> None:
+        release((), accesses, self._thread)
 
 
 class WriteScope(_Scope):
@@ -125,22 +162,16 @@ class WriteScope(_Scope):
         except BaseException:
             release(accesses, self._reads)
             raise
-        self._accesses = accesses
+        self._entered(accesses)
         return given
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        accesses, self._accesses = self._accesses, []
-        try:
-            written(accesses)
-            for access in accesses:
-                if not access.synchronous:
-                    access.after_native()
-            for access in self._reads:
-                access.after_native(wrote=False)
-        finally:
-            release(accesses, self._reads)
+    def _note(self, accesses: list[Access]) -> None:
+        written(accesses)
+        for access in accesses:
+            if not access.synchronous:
+                access.after_native()
+        for access in self._reads:
+            access.after_native(wrote=False)
+
+    def _give_back(self, accesses: list[Access]) -> None:
+        release(accesses, self._reads, self._thread)

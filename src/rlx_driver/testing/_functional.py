@@ -103,7 +103,9 @@ class FakeFunctionalBackend(FunctionalBackend):
             nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
             return [np.zeros(nbytes, np.uint8).view(dtype).reshape(shape)]
 
-        return self._runtime.launch("zeros", zeros, [], [(shape, dtype)], [None], device=device)[0]
+        shapes = [(shape, dtype)]
+        launch = self._runtime.launch
+        return launch("zeros", zeros, [], shapes, [None], device=device, by_driver=True)[0]
 
     def view(
         self, memory: FunctionalArray, byte_offset: int, shape: tuple[int, ...], dtype: Any
@@ -227,6 +229,10 @@ class FakeFunctionalBackend(FunctionalBackend):
     def argument(self, value: Any) -> Any:
         """Copy a NumPy array: a program reads it when it runs."""
         return np.array(value) if isinstance(value, np.ndarray) else value
+
+    def stream(self, device: Device, *, side: bool = False, order: str | None = None) -> Any:
+        """Give a command stream, which is the native framework's."""
+        return device.backend.stream(device, side=side, order=order)
 
     def compiled_step(
         self, step: Callable[..., Any], structure: Any, has_aux: bool, static: tuple[int, ...]

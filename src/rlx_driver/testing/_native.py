@@ -94,6 +94,12 @@ class FakeArray:
         """The same memory with its axes reversed."""
         return self._part(self._values.T)
 
+    def reshape(self, shape: tuple[int, ...]) -> FakeArray:
+        """See the elements in another shape, without a copy."""
+        values = self._values.view()
+        values.shape = shape  # raises where it would take a copy
+        return self._part(values)
+
     def reinterpret(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> FakeArray:
         """See the bytes as another dtype and shape."""
         return self._part(self._values.reshape(-1).view(dtype).reshape(shape))

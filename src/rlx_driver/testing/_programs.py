@@ -115,6 +115,7 @@ class Runtime:
         donors: Sequence[FunctionalArray | None],
         error: Exception | None = None,
         device: Device | None = None,
+        by_driver: bool = False,
     ) -> list[FunctionalArray]:
         """Enqueue a program; its results take the memory of those who donate, where that can be.
 
@@ -127,7 +128,7 @@ class Runtime:
         targets = []
         for (shape, dtype), donor in zip(shapes, donors, strict=True):
             memory = None if donor is None else self._donated(donor)
-            targets.append(memory or self.new_memory(device, shape, dtype))
+            targets.append(memory or self._new_memory(device, shape, dtype, by_driver))
         for array in (*inputs, *(donor for donor in donors if donor is not None)):
             compute.wait_mark(array.definition.mark)
         for memory in targets:
@@ -161,11 +162,12 @@ class Runtime:
             return None
         return None if self.machine.failures.take("donate") else memory
 
-    def new_memory(self, device: Device, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Memory:
-        """Allocate memory for a result, with anything in it."""
+    def _new_memory(
+        self, device: Device, shape: tuple[int, ...], dtype: np.dtype[Any], by_driver: bool
+    ) -> Memory:
         nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         compute = self.machine.stream(device, COMPUTE)
-        allocation, raw = self.machine.spaces[device].allocate(nbytes, compute)
+        allocation, raw = self.machine.spaces[device].allocate(nbytes, compute, by_driver=by_driver)
         values = np.ndarray(shape, dtype, buffer=raw) if nbytes else np.empty(shape, dtype)
         return Memory(allocation.address, values, allocation, can_be_donated=True)
 
