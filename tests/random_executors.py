@@ -1,16 +1,15 @@
-"""Run random programs: through the driver, and by hand over plain shared memory.
+"""Run random programs: as they should go, through the driver, and by hand.
 
-`Driver` is the program as a user of the driver would write it. `ByHand` is the same program over
-one memory that NumPy, torch and JAX share by DLPack, without the driver: with `waiting` it waits
-for everything after every operation, and has to be right too; without, it is the positive control,
-whose wrong results say that the programs do contain hazards.
+`Model` runs a program on plain NumPy arrays, one operation after the other, and so says what every
+look has to show. `Driver` is the program as a user of the driver would write it. `ByHand` is the
+same program over one memory that NumPy, torch and JAX share by DLPack, without the driver: with
+`waiting` it waits for everything after every operation, and has to be right too; without, it is the
+positive control, whose wrong results say that the programs do contain hazards.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -27,157 +26,87 @@ from random_programs import (
     Dead,
     Fill,
     Look,
-    Model,
     Op,
     Program,
     Reader,
     Update,
     Write,
-    checksum,
     key_of,
+)
+from random_steps import (
+    STEPS,
+    TORCH,
+    Place,
+    checksum,
     mixed,
+    native_step,
+    native_step_of_two,
+    native_step_with,
+    on_host,
+    own_step,
     pattern,
+    read_late,
+    see,
+    step_of_two,
+    step_with,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PRODUCTS = 12
-TORCH = {"float32": torch.float32, "int32": torch.int32}
 
+class Model:
+    """One operation after the other, on plain arrays of whole numbers."""
 
-def products(busy):
-    """Give zero after some milliseconds of work on a matrix of 1/side."""
-    for _ in range(PRODUCTS):
-        busy = busy @ busy
-    return busy[0, 0] * 0
+    def __init__(self, program: Program) -> None:
+        self.side = program.side
+        self.x = [pattern(self.side, i) for i in range(len(program.dtypes))]
 
+    def _part(self, i: int, part: int) -> Any:
+        return self.x[i][key_of(part, self.side)]
 
-def spun(busy):
-    """Give JAX's `products` as a whole number."""
-    return products(busy).astype(jnp.int32)
+    def look(self, op: Look) -> int:
+        return checksum(self._part(op.handle, op.part))
 
+    def reader(self, op: Reader) -> int:
+        return sum(checksum(self._part(i, op.part)) for i in op.handles)
 
-def jax_checksum(x, zero=0):
-    """Give `random_programs.checksum` of a matrix that is read when `zero` is known."""
-    rows = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
-    columns = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    return ((x.astype(jnp.int32) + zero) * ((rows * 31 + columns * 17) % 97 + 1)).sum()
+    def write(self, op: Write) -> None:
+        for i in op.handles:
+            x = self._part(i, op.part)
+            x[...] = mixed(x, op.k)
 
+    def update(self, op: Update) -> int | None:
+        olds = [self._part(i, op.part).copy() for i in op.handles]
+        if len(olds) == 2:
+            others = olds[::-1]
+        elif op.argument is None:
+            others = [0]
+        else:
+            array = op.argument == "array"
+            others = [pattern(self.side, op.k) if array else self.x[op.argument]]
+        for i, old, other in zip(op.handles, olds, others, strict=True):
+            self._part(i, op.part)[...] = mixed(old, op.k, other)
+        aux = len(olds) == 2 or op.argument is not None
+        return sum(map(checksum, olds)) if aux else None
 
-@jax.jit
-def late_sum(arrays, busy):
-    """Read matrices, after some milliseconds."""
-    zero = spun(busy)
-    return sum(jax_checksum(x, zero) for x in arrays)
+    def copy(self, op: Copy) -> None:
+        x = self._part(op.handle, op.part)
+        if op.source == "own":
+            x[...] = mixed(x, op.k)
+        elif op.other is None:
+            x[...] = pattern(self.side, op.k)[: x.shape[0], : x.shape[1]]
+        else:
+            x[...] = self.x[op.other]
 
+    def fill(self, op: Fill) -> None:
+        self._part(op.handle, op.part)[...] = op.k
 
-def step(x, zero, k):
-    """Change a matrix when `zero` is known; all steps do."""
-    return mixed(x, k + zero)
+    def commit(self, op: Commit) -> int | None:
+        return self.update(Update(handles=op.handles, by="jax", k=op.k))
 
-
-def step_with(x, a, zero, k):
-    return mixed(x, k + zero, a.astype(x.dtype)), jax_checksum(x)
-
-
-def step_of_two(state, zero, k):
-    (x, y), aux = state, jax_checksum(state[0]) + jax_checksum(state[1])
-    k = k + zero
-    return [mixed(x, k, y.astype(x.dtype)), mixed(y, k, x.astype(y.dtype))], aux
-
-
-@functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
-def own_step(state, others, zero, k):
-    """Change matrices by a program of the user's own, which donates them."""
-    if len(state) == 2:
-        return step_of_two(state, zero, k)
-    if others:
-        new, aux = step_with(state[0], others[0], zero, k)
-        return [new], aux
-    return [step(state[0], zero, k)], None
-
-
-STEPS = {"": step, "donating": jax.jit(step, donate_argnums=0), "plain": jax.jit(step)}
-late_token = jax.jit(spun)
-see = jax.jit(jax_checksum)
-late_copy = jax.jit(lambda x, zero: x + zero.astype(x.dtype))
-
-
-def native_step(x, k):
-    x[...] = mixed(x, k)
-
-
-def native_step_with(x, a, k):
-    old = checksum(on_host(x))
-    a = a.to(x.dtype) if isinstance(a, torch.Tensor) else a.astype(x.dtype)
-    x[...] = mixed(x, k, a)
-    return None, old
-
-
-def native_step_of_two(state, k):
-    """Return new values, which the driver copies into place."""
-    x, y = state
-    aux = checksum(on_host(x)) + checksum(on_host(y))
-    if isinstance(x, torch.Tensor):
-        return [mixed(x, k, y.to(x.dtype)), mixed(y, k, x.to(y.dtype))], aux
-    return [mixed(x, k, y.astype(x.dtype)), mixed(y, k, x.astype(y.dtype))], aux
-
-
-def on_host(x):
-    """Give a NumPy array of an array of any framework; waits for it."""
-    return x.cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
-
-
-class Place:
-    """A device with its streams, threads to call from, and work that keeps it busy."""
-
-    def __init__(self, device: str = "cpu", order: str | None = None) -> None:
-        self.device = device
-        self.cuda = device.startswith("cuda")
-        self.natives = ("torch",) if self.cuda else ("numpy", "torch")
-        self.shared = order == "shared"
-        self.jax = jax.devices("cuda" if self.cuda else "cpu")[0]
-        self.host = jax.devices("cpu")[0]
-        side = 2048 if self.cuda else 256
-        self.busy = jax.device_put(np.full((side, side), 1 / side, np.float32), self.jax)
-        self.torch_busy = torch.full((side, side), 1 / side, device=device)
-        self.zero = late_token(self.busy)
-        self.streams: list[Any] = [None]
-        if self.cuda and not self.shared:
-            self.streams += [torch.cuda.Stream(device), torch.cuda.Stream(device)]
-        self.threads = [None, ThreadPoolExecutor(1), ThreadPoolExecutor(1)]
-
-    def token(self, late: bool) -> jax.Array:
-        """Give JAX's zero, known now or later."""
-        return late_token(self.busy) if late else self.zero
-
-    def torch_token(self, late: bool) -> Any:
-        """Give torch's zero; on the host torch is never late."""
-        return products(self.torch_busy).long() if late and self.cuda else 0
-
-    def array(self, by: str, side: int, k: int, dtype: str) -> Any:
-        """Give a fresh array of a framework with a pattern; JAX's is late."""
-        value = pattern(side, k).astype(dtype)
-        if by == "jax":
-            return late_copy(jax.device_put(value, self.jax), self.token(True))
-        return torch.from_numpy(value).to(self.device) if by == "torch" else value
-
-    def call(self, op: Op, function: Any) -> Any:
-        """Run an operation in its thread and on its stream."""
-        thread = self.threads[op.thread]
-        if thread is None:
-            return self._on_stream(op, function)
-        return thread.submit(self._on_stream, op, function).result()
-
-    def _on_stream(self, op: Op, function: Any) -> Any:
-        context: Any = contextlib.nullcontext()
-        if self.shared and self.cuda:
-            context = rlx.command_stream(self.device)
-        elif op.stream:
-            context = torch.cuda.stream(self.streams[op.stream])
-        with context:
-            return function(op)
+    def dead(self, op: Dead) -> bool:
+        return True
 
 
 class Driver:
@@ -319,8 +248,7 @@ class ByHand:
             tensor.copy_(torch.from_numpy(values))
         self.arrays = [self._imported(tensor) for tensor in self.tensors]
         self.kept: list[Any] = []  # no memory goes away while anything may be running
-        if place.cuda:
-            torch.cuda.synchronize()
+        place.synchronize()
 
     def close(self) -> None:
         self.wait()
@@ -329,8 +257,7 @@ class ByHand:
     def wait(self, *more: Any) -> None:
         arrays = [x for x in (*self.arrays, *self.kept, *more) if isinstance(x, jax.Array)]
         jax.block_until_ready([x for x in arrays if not x.is_deleted()])
-        if self.place.cuda:
-            torch.cuda.synchronize()
+        self.place.synchronize()
 
     def _imported(self, tensor: torch.Tensor) -> jax.Array:
         # On the host ``copy=True`` shares what is aligned, and may be donated in place.
@@ -424,24 +351,13 @@ class ByHand:
         return True
 
 
-def read_late(views: Any, by: str, place: Place) -> Any:
-    """Start a slow reader of views."""
-    if by == "jax":
-        return late_sum(list(views), place.busy)
-    zero = place.torch_token(True)
-    sums = []
-    for view in views:
-        rows = torch.arange(view.shape[0], device=view.device)[:, None] * 31
-        weights = (rows + torch.arange(view.shape[1], device=view.device) * 17) % 97 + 1
-        sums.append(((view.long() + zero) * weights).sum())
-    return sum(sums)
-
-
 def run(program: Program, world: Any, place: Place | None = None) -> list[int | None]:
     """Run a program and give what each operation saw, and at the end what every matrix holds."""
     seen: list[Any] = []
     for op in (*program.ops, *last_of(program)):
         if isinstance(op, Collect):
+            if place is not None:
+                place.synchronize()  # results of torch may lie on any stream
             seen = [value if value is None else int(value) for value in [*seen, None]]
             continue
         act = getattr(world, type(op).__name__.lower())
@@ -461,7 +377,7 @@ def differences(
 ) -> list[str]:
     """Run a program and its model, and say which operations saw what they should not."""
     expected = run(program, Model(program))
-    executor = world(program, place)
+    executor = place.call(Op(), lambda _: world(program, place))
     try:
         seen = run(program, executor, place)
     finally:

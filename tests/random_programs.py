@@ -1,13 +1,8 @@
-"""Random programs over several handles: what they may do, how they are drawn, what they must see.
+"""Random programs over several handles: what they may do, and how they are drawn.
 
-A program is a list of small operations on a few matrices of small whole numbers. `draw` makes one
-from a source of choices, so that both hypothesis and `random.Random` can drive it; it draws only
-what the contract of the driver allows. `Model` runs it on plain NumPy arrays, one operation after
-the other, and so says what every look at the matrices has to show. The executors that run it on
-real frameworks are in `random_executors`.
-
-Every value is a whole number below `MODULUS`, so that float32 is exact and no order of summing
-matters; every change mixes old and new, so that a change that is lost, doubled or late shows.
+A program is a list of small operations on a few square matrices of small whole numbers. `draw`
+makes one from a source of choices, so that both hypothesis and `random.Random` can drive it; it
+draws only what the contract of the driver allows. What runs them is in `random_executors`.
 """
 
 from __future__ import annotations
@@ -15,19 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MODULUS = 61
 DTYPES = ("float32", "int32")
 WHOLE, COLUMNS, PARTS = 0, 4, 5  # parts 1 to 3 are blocks of rows, two of which overlap
-
-
-def mixed(x: Any, k: Any, a: Any = 0) -> Any:
-    """Give the next value of a matrix, in any framework."""
-    return (3 * x + a + k) % MODULUS
 
 
 def key_of(part: int, side: int) -> Any:
@@ -38,18 +25,6 @@ def key_of(part: int, side: int) -> Any:
         return slice(None), slice(3, 7)
     start = (0, side // 4, side // 8)[part - 1]
     return slice(start, start + side // 4)
-
-
-def pattern(side: int, k: int) -> np.ndarray[Any, Any]:
-    """Give a matrix of telling whole numbers."""
-    return (np.arange(side)[:, None] * 7 + np.arange(side) * 3 + k).astype(np.int32) % MODULUS
-
-
-def checksum(x: Any) -> int:
-    """Sum a NumPy array, each place with a weight of its own; the executors' JAX does the same."""
-    rows, columns = x.shape
-    weights = (np.arange(rows)[:, None] * 31 + np.arange(columns) * 17) % 97 + 1
-    return int((x.astype(np.int64) * weights).sum())
 
 
 # --- operations ----------------------------------------------------------------------------------
@@ -186,7 +161,7 @@ class _Known:
     settled: set[int] = field(default_factory=set)  # streams on which held views are right
     reading: bool = False  # a reader in flight that `Collect` waits for
     reading_part: bool = False  # one of a slice
-    lent: bool = False  # an argument of a JAX update in flight
+    lent: bool = False  # an argument of an update in flight, which `Collect` does not wait for
     taken: str = ""  # the JAX array that somebody holds: live, dead, or not to be used
     touched: bool = False  # torch work on stream 0 that the driver has not been told of
 
@@ -235,12 +210,12 @@ class _Draw:
         i = self.handle()
         place, known = self.place(i), self.known[i]
         put = ("put", "fetch") if self.cuda else ("fetch",)
-        by = self.one((*self.natives, "jax", *self.natives, "host", *put))
+        held = [by for by in self.natives if by in known.out and place["stream"] in known.settled]
+        if held and self.choose(2) == 1:
+            return Look(handle=i, by=self.one(held), how="held", **place)
+        by = self.one((*self.natives, "jax", "host", *put))
         hows = ["fresh"] if by in ("host", *put) else ["fresh", "scope"]
-        if by == "jax":
-            hows += ["held"] * (known.taken == "live")
-        elif by in known.out and place["stream"] in known.settled:
-            hows += ["held"] * 3
+        hows += ["held"] * 2 * (by == "jax" and known.taken == "live")
         how = self.one(hows)
         native = by in self.natives or by == "host"
         part = self.one(range(PARTS if native else COLUMNS)) if how != "held" else WHOLE
@@ -266,7 +241,7 @@ class _Draw:
         for one in known:
             if by == "torch" and how == "fresh":
                 one.touched, place["stream"] = True, 0
-            one.reading = one.reading or by == "jax"
+            one.reading = True
             one.reading_part = one.reading_part or (by == "jax" and part != WHOLE)
         if how == "fresh":
             for one in known:
@@ -300,16 +275,15 @@ class _Draw:
     def k(self) -> int:
         return 1 + self.choose(9)
 
-    def update(self) -> Op | None:
-        handles = self.handles()
+    def update(self, argument: Any = None) -> Op | None:
+        handles = self.handles() if argument is None else (self.handle(argument),)
         by = self.one(("jax", "jax", "jax", *self.natives, "torch"))
-        argument: Any = None
         part = WHOLE
-        if len(handles) == 1:
-            part = self.one((WHOLE, WHOLE, WHOLE, WHOLE, 1, 2, 3))
+        if len(handles) == 1 and argument is None:
+            part = self.one((WHOLE, WHOLE, WHOLE, WHOLE, WHOLE, 1, 2, 3))
             if (
                 part == WHOLE
-                and (argument := self.one((None, None, "handle", "array"))) == "handle"
+                and (argument := self.one((None, None, None, "handle", "array"))) == "handle"
             ):
                 argument = self.handle(*handles)
         others = (argument,) if isinstance(argument, int) else ()
@@ -319,10 +293,10 @@ class _Draw:
             known = self.known[i]
             known.written(place["stream"], ordered and (by != "jax" or bool(known.out)))
         for i in others:
-            self.known[i].lent = self.known[i].lent or by == "jax"
+            self.known[i].lent = self.known[i].lent or by == "jax" or self.cuda
         heavy = (by == "jax" or self.cuda) and self.choose(3) > 0
         alone = by == "jax" and len(handles) == 1 and argument is None
-        jitted = self.one(("", "", "donating", "plain", "plain")) if alone else ""
+        jitted = self.one(("", "", "", "donating", "plain")) if alone else ""
         return Update(
             handles=handles,
             by=by,
@@ -335,6 +309,11 @@ class _Draw:
             **place,
         )
 
+    def after(self) -> Op | None:
+        """Draw what an update in flight is most likely to go wrong with, straight after it."""
+        last = self.recent[0]
+        return self.update(last) if self.choose(4) == 0 else self.look()
+
     def copy(self) -> Op | None:
         i = self.handle()
         views = [f"{name} view" for name in (*self.natives, "jax")]
@@ -344,6 +323,8 @@ class _Draw:
         place = self.place(i) if other is None else self.place(i, other)
         if source in views:
             self._viewed(self.known[other], source.removesuffix(" view"), place["stream"])
+        if other is not None:
+            self.known[other].lent = self.known[other].lent or self.cuda
         self.known[i].written(place["stream"])
         if source == "own":
             self.known[i].taken = "not to be used"
@@ -400,61 +381,6 @@ def draw(
         op = getattr(drawing, KINDS[kind - 1])() if kind else None
         if op is not None:
             ops.append(op)
+        if isinstance(op, (Update, Commit)) and op.heavy and choose(2):
+            ops.append(drawing.after())
     return Program(dtypes=dtypes, side=side, owner=owner, viewed=viewed, ops=tuple(ops))
-
-
-# --- what it must show ---------------------------------------------------------------------------
-
-
-class Model:
-    """One operation after the other, on plain arrays of whole numbers."""
-
-    def __init__(self, program: Program) -> None:
-        self.side = program.side
-        self.x = [pattern(self.side, i) for i in range(len(program.dtypes))]
-
-    def _part(self, i: int, part: int) -> Any:
-        return self.x[i][key_of(part, self.side)]
-
-    def look(self, op: Look) -> int:
-        return checksum(self._part(op.handle, op.part))
-
-    def reader(self, op: Reader) -> int:
-        return sum(checksum(self._part(i, op.part)) for i in op.handles)
-
-    def write(self, op: Write) -> None:
-        for i in op.handles:
-            x = self._part(i, op.part)
-            x[...] = mixed(x, op.k)
-
-    def update(self, op: Update) -> int | None:
-        olds = [self._part(i, op.part).copy() for i in op.handles]
-        if len(olds) == 2:
-            others = olds[::-1]
-        elif op.argument is None:
-            others = [0]
-        else:
-            array = op.argument == "array"
-            others = [pattern(self.side, op.k) if array else self.x[op.argument]]
-        for i, old, other in zip(op.handles, olds, others, strict=True):
-            self._part(i, op.part)[...] = mixed(old, op.k, other)
-        aux = len(olds) == 2 or op.argument is not None
-        return sum(map(checksum, olds)) if aux else None
-
-    def copy(self, op: Copy) -> None:
-        x = self._part(op.handle, op.part)
-        if op.source == "own":
-            x[...] = mixed(x, op.k)
-        elif op.other is None:
-            x[...] = pattern(self.side, op.k)[: x.shape[0], : x.shape[1]]
-        else:
-            x[...] = self.x[op.other]
-
-    def fill(self, op: Fill) -> None:
-        self._part(op.handle, op.part)[...] = op.k
-
-    def commit(self, op: Commit) -> int | None:
-        return self.update(Update(handles=op.handles, by="jax", k=op.k))
-
-    def dead(self, op: Dead) -> bool:
-        return True

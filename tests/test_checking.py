@@ -1133,6 +1133,48 @@ def test_an_error_that_is_kept_keeps_no_view_that_only_the_driver_gave_to_a_step
     assert caught.traceback
 
 
+@pytest.mark.parametrize("drop", [True, False])
+def test_a_write_of_the_driver_that_comes_while_bytes_are_compared_is_no_race(kv, monkeypatch, drop):
+    real = Watch.checksum
+
+    def racing(watch):
+        began.append(watch)
+        if len(began) == 2:
+            in_thread(kv.update, plus_one)
+            kv.numpy()
+        return real(watch)
+
+    began = []
+    monkeypatch.setattr(Watch, "checksum", racing)
+    with rlx.checking() as check:
+        held = kv.jax()
+        if drop:
+            del held
+    assert len(began) >= 2
+    assert check.races == []
+
+
+def test_a_program_that_writes_before_its_donation_shows_is_no_race(kv, monkeypatch):
+    real = Watch.checksum
+    n = kv.numpy()
+
+    def racing(watch):
+        if began:  # as another thread's update does
+            kv._access.writer = -1
+            n[0] = 7
+        began.append(watch)
+        return real(watch)
+
+    began = []
+    monkeypatch.setattr(Watch, "checksum", racing)
+    with rlx.checking() as check:
+        held = kv.jax()
+        del held
+        kv._access.writer = 0
+    assert len(began) == 2
+    assert check.races == []
+
+
 def test_a_write_through_a_view_from_before_the_block_is_legal_where_no_view_is_live(kv):
     n, t = kv.numpy(), kv.torch()
     float(kv.jax().sum())

@@ -615,3 +615,38 @@ def test_each_device_has_its_own_shared_stream(heavy):
     assert torch.cuda.current_device() == 0
     assert os.environ.get("RLX_STREAM_ORDER") is None
     forget_streams()
+
+
+# --- arrays that something else holds ---------------------------------------------------------
+
+
+def test_an_alias_of_a_jax_array_blocks_writes_and_updates_with_our_error():
+    with rlx.command_stream(DEVICE):
+        b = make()
+        b.torch().fill_(3)
+        alias = torch.from_dlpack(b.jax())
+        for attempt in (
+            lambda: b.write("torch").__enter__(),
+            lambda: b.update(plus_one),
+            lambda: rlx.update([b], lambda tree: [tree[0] + 1]),
+            lambda: b.copy_from(np.zeros(SIZE, np.float32)),
+        ):
+            with pytest.raises(rlx.ZeroCopyError, match="alias"):
+                attempt()
+        assert float(alias.sum()) == 3 * SIZE, "nothing was changed"
+        del alias
+        b.update(plus_one)
+        assert float(b.torch().sum()) == 4 * SIZE
+
+
+def test_a_copy_from_an_array_of_another_buffer_reads_that_buffer(way, heavy):
+    ours, _ = heavy
+    a, b, side = make(), make(), torch.cuda.Stream()
+    a.torch().fill_(2)
+    for count in range(3):
+        array = a.jax()
+        with torch.cuda.stream(side):
+            spin(ours)
+            b.copy_from(array)  # late
+        a.update(plus_one)  # comes after the copy, and nothing holds the array any more
+        assert float(b.torch().sum()) == (2 + count) * SIZE

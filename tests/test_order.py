@@ -77,6 +77,10 @@ class Place:
     def copies(self):
         return self.fake.stream("copies")
 
+    @property
+    def third(self):
+        return self.fake.stream("third")
+
     def buffer(self, values):
         """A Buffer of these values, with nothing pending."""
         made = rlx.Buffer.zeros(np.shape(values), "f32", self.fake.device)
@@ -86,6 +90,11 @@ class Place:
     def raw(self, values):
         """The same memory, with arrays of both frameworks that nobody orders."""
         return Raw(self, self.fake.array(np.asarray(values, np.float32)))
+
+    def raw_read(self, array):
+        """The values that a stream of its own sees."""
+        with self.fake.stream("raw"):
+            return array.read()
 
     def copied(self, array):
         """A program of the functional framework that reads an array."""
@@ -159,8 +168,7 @@ class Raw:
         self.native.copy_(other.native if isinstance(other, Raw) else other)
 
     def to_host(self):
-        with self.place.fake.stream("raw"):
-            values = self.native.read()
+        values = self.place.raw_read(self.native)
         return types.SimpleNamespace(numpy=lambda: values)
 
     def __getitem__(self, key):
@@ -259,13 +267,29 @@ def test_an_update_without_order_is_seen_by_the_next_view(place):
 
 def test_an_update_is_seen_through_a_view_that_was_out(place):
     def scenario(place, make):
+        b, c = make([0, 0]), make([0, 0])
+        views = [b.array(NATIVE), c.array(NATIVE)]
+        c.update(plus_one, framework=FUNCTIONAL)  # so that the next one finds all in place
+        place.compute.hold()
+        for each in (b, c):
+            each.update(plus_one, framework=FUNCTIONAL)
+        return tuple(view.clone() for view in views)
+
+    check(place, scenario, [[1, 1], [2, 2]], host_waits=True, control=place.way != "shared")
+
+
+def test_an_update_is_seen_on_the_stream_of_the_write_before_it(place):
+    def scenario(place, make):
         b = make([0, 0])
-        view = b.array(NATIVE)
+        b.update(plus_one, framework=FUNCTIONAL)
+        with b.write(NATIVE) as view:
+            view.mul_(5)
         place.compute.hold()
         b.update(plus_one, framework=FUNCTIONAL)
-        return view.clone()
+        with b.read(NATIVE) as view:
+            return view.clone()
 
-    check(place, scenario, [[1, 1]], host_waits=True, control=place.way != "shared")
+    check(place, scenario, [[6, 6]], host_waits=True, control=place.way != "shared")
 
 
 def test_an_update_is_seen_by_an_update_of_the_other_framework(place):
@@ -329,19 +353,23 @@ def test_an_update_of_a_tree_is_seen_by_views_of_its_leaves(place):
     check(place, scenario, [[2, 2], [3, 3]], host_waits=True)
 
 
-def test_a_result_that_a_user_commits_is_seen_on_another_stream(place):
+@pytest.mark.parametrize("stream", ["here", "side"])
+def test_a_result_that_a_user_commits_is_seen(place, stream):
     def scenario(place, make):
         b = make([0, 0])
+        with b.write(NATIVE) as view:
+            view.fill_(1)
         program = place.fake.jit(plus_one, donate_argnums=[0])
         array = b.array(FUNCTIONAL)
         place.compute.hold()
         result = program(array)
         if make == place.buffer:
             rlx.commit(getattr(b, "buffer", b), result)
-        with place.side:
-            return b.array(NATIVE).clone()
+        with getattr(place, stream), b.read(NATIVE) as view:
+            return view.clone()
 
-    check(place, scenario, [[1, 1]], host_waits=True)
+    same_stream = (place.way, stream) == ("shared", "here")
+    check(place, scenario, [[2, 2]], host_waits=True, control=not same_stream)
 
 
 # --- a write by the native framework -------------------------------------------------------------
@@ -433,6 +461,18 @@ def test_a_write_on_another_stream_is_seen_by_a_fetch(place):
     check(place, scenario, [[7, 7]], host_waits=True)
 
 
+def test_a_write_that_the_framework_does_not_count_is_seen_by_a_fetch(place):
+    def scenario(place, make):
+        b = make([0, 0])
+        b.array(FUNCTIONAL)
+        place.here.hold()
+        with b.write(NATIVE) as view:
+            place.fake.launch(fill, view)
+        return _later(place, b.array(FUNCTIONAL).fetch().wait)
+
+    check(place, scenario, [[7, 7]], host_waits=True)
+
+
 class _later:
     """A value to be asked for when everything is released."""
 
@@ -461,6 +501,29 @@ def test_a_write_is_seen_by_one_on_another_stream(place):
             return view.clone()
 
     check(place, scenario, [[8, 7]], host_waits=False)
+
+
+@pytest.mark.parametrize("scope", ["read", "write"])
+def test_a_scope_that_ends_on_another_stream_forgets_nothing(place, scope):
+    """What came before it is waited for by those who come after it, wherever it has ended."""
+
+    def scenario(place, make):
+        b, c = make([0, 0]), make([0, 0])
+        late_write(place, b)
+        place.compute.hold()
+        c.update(plus_one, framework=FUNCTIONAL, ordered=False)
+        found = []
+        for each, later in ((b, place.fake.stream("fourth")), (c, place.third)):
+            entered = getattr(each, scope)(NATIVE)
+            with place.side:
+                entered.__enter__()
+            with place.third:
+                entered.__exit__(None, None, None)
+            with later:
+                found.append(each.array(NATIVE).clone())
+        return tuple(found)
+
+    check(place, scenario, [[7, 7], [1, 1]])
 
 
 def test_memory_that_is_still_being_zeroed_is_waited_for(place):
@@ -554,6 +617,19 @@ def test_a_plain_write_is_seen_by_an_update_and_by_a_copy_to_the_host(place):
         place.fake.on_host_wait = on_host_wait
 
 
+def test_a_plain_write_on_the_stream_that_is_current_now_is_copied_to_the_host(place):
+    b = place.buffer([0, 0])
+    view = b.array(NATIVE)
+    place.fake.on_host_wait = "release"
+    for value, read in ((3, lambda: b.to_host().numpy()), (0, lambda: place.raw_read(view))):
+        place.side.hold()
+        with place.side:
+            view.fill_(value)
+            seen = read()
+        assert seen.tolist() == [3, 3], "the control sees the write before"
+        place.side.release()
+
+
 def test_a_view_of_one_stream_is_ordered_on_another_once_it_is_asked_for_there(place):
     def scenario(place, make):
         b = make([0, 0])
@@ -595,15 +671,37 @@ def test_a_plain_write_after_a_scope_is_seen_everywhere(place):
     check(place, scenario, [[2, 2]] * 4, host_waits=True)
 
 
-def test_a_host_copy_that_an_array_keeps_is_not_shown_again(place):
+def fill(values):
+    values[...] = 7
+
+
+def test_a_plain_write_that_the_framework_does_not_count_is_seen_by_programs(place):
     def scenario(place, make):
         b = make([0, 0])
-        assert b.array(FUNCTIONAL).read().tolist() == [0, 0]
+        b.array(FUNCTIONAL)
         view = b.array(NATIVE)
-        view.fill_(3)
+        b.array(FUNCTIONAL)
+        place.side.hold()
+        with place.side:
+            place.fake.launch(fill, view)
+            return place.copied(b.array(FUNCTIONAL))
+
+    check(place, scenario, [[7, 7]], host_waits=True)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_host_copy_that_an_array_keeps_is_not_shown_again(place, counted):
+    def scenario(place, make):
+        b = make([0, 0])
+        view = b.array(NATIVE)
+        assert b.array(FUNCTIONAL).read().tolist() == [0, 0]
+        if counted:
+            view.fill_(7)
+        else:
+            place.fake.launch(fill, view)
         return b.array(FUNCTIONAL).read()
 
-    check(place, scenario, [[3, 3]])
+    check(place, scenario, [[7, 7]])
 
 
 # --- readers, and a write that has to leave them alone -------------------------------------------
@@ -638,21 +736,27 @@ def test_a_write_waits_for_a_fetch_that_reads(place):
 
 
 def test_a_write_waits_for_a_program_that_reads_a_retired_array(place):
-    """An array that kept its host copy gets a successor, and a program may still read the first."""
+    """An array that kept its host copy gets a successor, and the first one may still be read."""
 
     def scenario(place, make):
-        b = make([1, 1])
-        array = b.array(FUNCTIONAL)
-        array.read()
-        b.array(NATIVE)
+        b, c = make([1, 1]), make([1, 1])
+        arrays = [each.array(FUNCTIONAL) for each in (b, c)]
+        for array in arrays:
+            array.read()
+        for each in (b, c):
+            each.array(NATIVE)
         place.compute.hold()
-        before = place.copied(array)
-        b.array(FUNCTIONAL)
-        with place.side, b.write(NATIVE) as view:
-            view.fill_(9)
+        place.copies.hold()
+        before = place.copied(arrays[0]), _later(place, arrays[1].fetch().wait)
+        for each in (b, c):
+            each.array(FUNCTIONAL)
+        with place.side:
+            for each in (b, c):
+                with each.write(NATIVE) as view:
+                    view.fill_(9)
         return before
 
-    check(place, scenario, [[1, 1]], host_waits=True)
+    check(place, scenario, [[1, 1], [1, 1]], host_waits=True)
 
 
 def test_every_kind_of_write_waits_for_a_program_that_reads(place):
@@ -683,9 +787,26 @@ def test_an_argument_of_an_update_is_not_written_before_the_update_has_read_it(p
     check(place, scenario, [[1, 1]], host_waits=True)
 
 
-def test_readers_on_two_streams_do_not_wait_for_each_other_but_a_write_waits_for_both(place):
-    third = place.fake.stream("third")
+def test_an_argument_of_a_native_update_is_read_in_order(place):
+    def add(view, other):
+        view.add_(other)
 
+    def scenario(place, make):
+        b, argument = make([0, 0]), make([1, 1])
+        late_write(place, argument)
+        place.side.hold()
+        with place.side:
+            b.update(add, argument, framework=NATIVE)
+        place.here.release()
+        with argument.write(NATIVE) as view:
+            view.fill_(9)
+        with place.side:
+            return b.array(NATIVE).clone()
+
+    check(place, scenario, [[7, 7]])
+
+
+def test_readers_on_two_streams_do_not_wait_for_each_other_but_a_write_waits_for_both(place):
     def scenario(place, make):
         b = make([1, 1])
         for stream in (place.here, place.side):
@@ -700,7 +821,7 @@ def test_readers_on_two_streams_do_not_wait_for_each_other_but_a_write_waits_for
         place.side.hold()
         with place.side, b.read(NATIVE) as view:
             copies.append(view.clone())
-        with third, b.write(NATIVE) as view:
+        with place.third, b.write(NATIVE) as view:
             view.fill_(9)
         return tuple(copies)
 
@@ -709,8 +830,6 @@ def test_readers_on_two_streams_do_not_wait_for_each_other_but_a_write_waits_for
 
 @pytest.mark.parametrize("released", ["here", "side"])
 def test_a_write_waits_for_the_slower_of_two_readers(place, released):
-    third = place.fake.stream("third")
-
     def scenario(place, make):
         b = make([1, 1])
         copies = []
@@ -718,12 +837,28 @@ def test_a_write_waits_for_the_slower_of_two_readers(place, released):
             stream.hold()
             with stream, b.read(NATIVE) as view:
                 copies.append(view.clone())
-        with third, b.write(NATIVE) as view:
+        with place.third, b.write(NATIVE) as view:
             view.fill_(9)
         getattr(place, released).release()
         return tuple(copies)
 
     check(place, scenario, [[1, 1]] * 2, host_waits=False)
+
+
+def test_a_write_waits_for_a_reader_elsewhere_also_on_the_stream_of_the_last_write(place):
+    def scenario(place, make):
+        b = make([0, 0])
+        with b.write(NATIVE) as view:
+            view.fill_(1)
+        with place.side:
+            place.side.hold()
+            with b.read(NATIVE) as view:
+                before = view.clone()
+        with b.write(NATIVE) as view:
+            view.fill_(9)
+        return before
+
+    check(place, scenario, [[1, 1]], host_waits=False)
 
 
 def test_an_update_waits_for_a_reader_of_the_other_framework(place):
@@ -739,11 +874,14 @@ def test_an_update_waits_for_a_reader_of_the_other_framework(place):
     check(place, scenario, [[1, 1]], host_waits=True)
 
 
-def test_a_program_that_donates_comes_after_readers_of_the_other_framework(place):
+@pytest.mark.parametrize("handed_before", [False, True])
+def test_a_program_that_donates_comes_after_readers_of_the_other_framework(place, handed_before):
     """The array may be donated, so that whoever takes it may write."""
 
     def scenario(place, make):
         b = make([1, 1])
+        if handed_before:
+            b.array(FUNCTIONAL)
         with place.side:
             place.side.hold()
             with b.read(NATIVE) as view:
@@ -766,6 +904,20 @@ def test_a_copy_between_buffers_is_a_reader_of_its_source(place):
         return target.array(NATIVE).clone()
 
     check(place, scenario, [[1, 1]], host_waits=False)
+
+
+def test_a_copy_into_a_buffer_is_seen_elsewhere(place):
+    def scenario(place, make):
+        source, target, other = make([1, 1]), make([0, 0]), make([0, 0])
+        place.side.hold()
+        with place.side:
+            target.copy_from(source)
+            other[:] = 5
+        with place.third:
+            copies = target.array(NATIVE).clone(), other.array(NATIVE).clone()
+        return *copies, place.copied(target.array(FUNCTIONAL))
+
+    check(place, scenario, [[1, 1], [5, 5], [1, 1]], host_waits=True)
 
 
 def test_a_copy_between_buffers_sees_a_write_of_its_source(place):
@@ -971,11 +1123,26 @@ def test_settled_accesses_on_the_shared_stream_need_no_event(shared):
     for _ in range(3):
         b.update(plus_one, framework=FUNCTIONAL)
         b.array(NATIVE).add_(1)
+        with b.write(NATIVE) as view:
+            view.add_(1)
+        with b.read(NATIVE):
+            pass
         copies.append(shared.copied(b.array(FUNCTIONAL)))
     shared.compute.release()
-    assert [copy.read().tolist() for copy in copies] == [[3, 3], [5, 5], [7, 7]]
+    assert [copy.read().tolist() for copy in copies] == [[4, 4], [7, 7], [10, 10]]
     assert len(shared.fake.events) == before
     assert rlx.ledger.host_waits == 0
+
+
+def test_updates_on_the_shared_stream_need_no_fence(shared):
+    b = shared.buffer([0, 0])
+    view = b.array(NATIVE)
+    b.update(plus_one, framework=FUNCTIONAL)
+    for _ in range(3):
+        view.add_(1)
+        b.update(plus_one, framework=FUNCTIONAL)
+        assert b.array(FUNCTIONAL).fetch().wait().tolist() == view.read().tolist()
+    assert not [entry for entry in shared.fake.work if "fence" in entry]
 
 
 def test_the_same_accesses_on_two_streams_do_need_events(events):
@@ -997,6 +1164,21 @@ def test_accesses_on_one_stream_of_the_native_framework_wait_for_nothing(place):
         with b.write(NATIVE) as view:
             view.add_(1)
     assert [entry for entry in place.fake.events if "wait" in entry] == before
+
+
+def test_an_array_stays_the_one_it_is_until_somebody_writes(place):
+    b = place.buffer([0, 0])
+    array = b.array(FUNCTIONAL)
+    view = b.array(NATIVE)
+    with b.read(NATIVE):
+        pass
+    assert b.array(FUNCTIONAL) is array
+    b[:1].update(plus_one, framework=FUNCTIONAL)
+    assert array.is_deleted()
+    array = b.array(FUNCTIONAL)
+    assert b.array(FUNCTIONAL) is array
+    view.add_(1)
+    assert b.array(FUNCTIONAL) is not array
 
 
 # --- memory that is freed ------------------------------------------------------------------------
@@ -1366,7 +1548,7 @@ class Program:
 def test_programs_by_chance_are_right_and_without_the_driver_they_are_not(place, several):
     streams = [place.here]
     if several:
-        streams += [place.side, place.fake.stream("third")]
+        streams += [place.side, place.third]
     right = 0
     for seed in range(40):
         for make in (place.buffer, place.raw):

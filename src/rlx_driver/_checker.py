@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
-import traceback
 import warnings
 import weakref
 from collections import deque
@@ -19,15 +18,14 @@ from typing import TYPE_CHECKING, Any
 from rlx_driver import _hooks
 from rlx_driver._locks import acquire, release
 from rlx_driver._races import Place, Race, elsewhere, here, raised, user_depth
-from rlx_driver._watch import Watch
+from rlx_driver._watch import Watch, used_in
 from rlx_driver.access import Access, Lease, alive
 from rlx_driver.backends.base import Backend
 from rlx_driver.errors import DriverError, RaceWarning
 from rlx_driver.transfer import span_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from types import FrameType, ModuleType
+    from types import ModuleType
 
     from rlx_driver._checking import Check
     from rlx_driver._views import ViewsMixin
@@ -98,13 +96,13 @@ class Checker:
         if not checks:
             return array  # the last block has ended meanwhile
         checks[0].note_use()
-        watch = self._known(lease, array)
+        watch = self._known(access, array)
         # Before it is given out again, for then nobody can tell whether it was held. The same goes
         # for the array itself, which our callers have too.
         if watch is not None and watch.alias is not None:
             self._compare(watch)
         with access.lock:
-            watch = self._known(lease, array)
+            watch = self._known(access, array)
             alias = None if watch is None else watch.given()
             if watch is None or alias is None:
                 try:
@@ -118,12 +116,14 @@ class Checker:
         self.announce()
         return alias
 
-    def _known(self, lease: Lease, array: Any) -> Watch | None:
+    def _known(self, access: Access, array: Any) -> Watch | None:
         """Find the watch of an array whose alias, still held, can be given out again."""
         for watch in list(self._watches.values()):
             if watch.origin is array:
                 given = watch.given()
-                if given is not None and lease.backend.shows_current_bytes(given):
+                if given is not None and (
+                    not access.native_out or watch.backend.shows_current_bytes(given)
+                ):
                     return watch
         return None
 
@@ -190,8 +190,8 @@ class Checker:
             self._compare(watch, get_ident())
             self._require_commit(watch, get_ident())
         for key in list(self._watches):
-            watch = self._watches.get(key)
-            if watch is not None and watch.access is access:
+            known = self._watches.get(key)
+            if known is not None and known.access is access:
                 self._watches.pop(key, None)
 
     def _of(self, access: Access) -> list[Watch]:
@@ -300,7 +300,7 @@ class Checker:
         dead = [watch for watch in dead if watch.backend.is_about(error, watch.origin)]
         if isinstance(error, DriverError) or not dead:
             return False
-        used = _used(error, dead)
+        used = used_in(error, dead)
         for watch in used:
             watch.check = check
             by_driver = watch.written_at
@@ -308,34 +308,3 @@ class Checker:
             used_at = raised("it was used at", error, watch.backend.packages)
             self._found(watch, "stale view", (), [place], used_at)
         return bool(used)
-
-
-def _used(error: BaseException, dead: list[Watch]) -> list[Watch]:
-    """Find the dead arrays that were used: those of the innermost frame that has any.
-
-    Where no frame has one, all that somebody still holds.
-    """
-    backends = {watch.backend for watch in dead}
-    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
-        found = [
-            value
-            for value in _values(frame)
-            for backend in backends
-            if backend.owns(value) and backend.is_concrete(value) and backend.is_dead(value)
-        ]
-        if found:
-            return [watch for watch in dead if any(watch.given() is value for value in found)]
-    return [watch for watch in dead if watch.given() is not None]
-
-
-def _values(frame: FrameType) -> Iterator[Any]:
-    """Give the local variables of a frame, and what lies in containers among them."""
-    level = list(frame.f_locals.values())
-    for _ in range(3):
-        yield from level
-        level = [
-            inner
-            for value in level
-            if type(value) in (list, tuple, dict)
-            for inner in (value.values() if type(value) is dict else value)
-        ]

@@ -108,7 +108,7 @@ def release(
         settled = access.fast
         free = access.state == "open"
         access.native_ready = free and settled and access.pending is None
-        access.functional_ready = free and (settled or not access.native_out)
+        access.functional_ready = free and (settled or access.quiet)
         access.writer = 0
         if free:
             access.vacant.append(None)

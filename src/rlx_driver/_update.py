@@ -13,7 +13,7 @@ from rlx_driver._ledger import ledger
 from rlx_driver._locks import acquire, release
 from rlx_driver._mutable import Structure, require_backend, update_mutable
 from rlx_driver._sharing import resolve, share_verified
-from rlx_driver.access import Access, Lease, fence, tell, uncommitted
+from rlx_driver.access import Access, Lease, fence, held_by_alias, tell, uncommitted
 from rlx_driver.backends.base import FunctionalBackend
 
 if TYPE_CHECKING:
@@ -124,6 +124,8 @@ class UpdateMixin:
                 if lease.is_dead(old):
                     raise access.failed(lease, error) from error
                 lease.as_of = -1  # there is no result, and the array is as old as it was
+                if backend.refuses_donation(error):
+                    raise held_by_alias(access) from error
                 raise
             if lease.is_dead(old) and lease.donated_address(new) == lease.address:
                 lease.array = new
@@ -152,7 +154,7 @@ class UpdateMixin:
             settled = access.fast
             free = access.state == "open"  # a failed program may have lost the memory
             access.native_ready = free and settled and access.pending is None
-            access.functional_ready = free and (settled or not access.native_out)
+            access.functional_ready = free and (settled or access.quiet)
             access.writer = 0
             if free:
                 access.vacant.append(None)
@@ -213,6 +215,8 @@ def update_many(
                 raise lost[0] from error
             for lease in leases:
                 lease.as_of = -1
+            if target.refuses_donation(error):
+                raise held_by_alias(accesses[0]) from error
             raise
         news = [result] if structure is None else result
         if all(map(target.is_dead, olds)) and list(map(target.donated_address, news)) == [

@@ -157,6 +157,7 @@ class ViewsMixin:
         if not access.native_out:
             # Before the view is there: an update by another thread is to find it ordered.
             access.native_out = True
+            access.quiet = False
             if not access.synchronous:
                 access.functional_ready = False
         if access.native_ready:
@@ -262,6 +263,9 @@ class ViewsMixin:
                 if not access.synchronous:
                     # What goes out may be donated to a program of the user, which writes.
                     access.order.before_functional(writes=not in_scope)
+                    if not (access.quiet or access.native_out or in_scope):
+                        access.quiet = True
+                        access.refresh()
                 array = lease.array
                 if array is None:
                     array = self._imported(lease)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
+import traceback
 import weakref
 import zlib
 from typing import TYPE_CHECKING, Any
@@ -11,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlx_driver.access import Access, Lease, foreign_thread
+from rlx_driver.errors import CaptureError
 from rlx_driver.transfer import span_of
 
 if TYPE_CHECKING:
     from collections import deque
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from types import FrameType
 
     from rlx_driver._checking import Check
     from rlx_driver._races import Place
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
 
     Writers = deque[tuple[Any, Place]]
 
-__all__ = ["Watch"]
+__all__ = ["Watch", "used_in"]
 
 
 class Watch:
@@ -175,11 +179,16 @@ class Watch:
             self.expected = None
 
     def checksum(self) -> int | None:
-        """Give the checksum of the bytes as they are; None when nothing else has the memory."""
+        """Give the checksum of the bytes as they are; None when they cannot be looked at."""
         native = self._native()
         if native is None:
             return None
-        host = native if isinstance(native, np.ndarray) else self.native_backend.copy_out(native)
+        try:
+            host = (
+                native if isinstance(native, np.ndarray) else self.native_backend.copy_out(native)
+            )
+        except CaptureError:  # a graph of the user's own, in which nothing can be copied now
+            return None
         raw = np.ascontiguousarray(host).reshape(-1).view(np.uint8)
         return zlib.crc32(raw)  # type: ignore[arg-type]
 
@@ -213,6 +222,42 @@ class Watch:
         return self.is_dead() or any(
             lease.array is not None and lease.is_dead(lease.array) for lease in others
         )
+
+
+def used_in(error: BaseException, dead: list[Watch]) -> list[Watch]:
+    """Find the dead arrays that were used: those of the innermost frame that has any.
+
+    Where no frame has one, all that somebody still holds.
+    """
+    backends = {watch.backend for watch in dead}
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if sys.version_info < (3, 13) and frames[0].f_code.co_flags & inspect.CO_OPTIMIZED:
+        # The function around the block still runs. To look at its variables would keep what is in
+        # them until it returns, and so views that it lets go of later.
+        frames = frames[1:]
+    for frame in reversed(frames):
+        found = [
+            value
+            for value in _values(frame)
+            for backend in backends
+            if backend.owns(value) and backend.is_concrete(value) and backend.is_dead(value)
+        ]
+        if found:
+            return [watch for watch in dead if any(watch.given() is value for value in found)]
+    return [watch for watch in dead if watch.is_held()]
+
+
+def _values(frame: FrameType) -> Iterator[Any]:
+    """Give the local variables of a frame, and what lies in containers among them."""
+    level = list(frame.f_locals.values())
+    for _ in range(3):
+        yield from level
+        level = [
+            inner
+            for value in level
+            if type(value) in (list, tuple, dict)
+            for inner in (value.values() if type(value) is dict else value)
+        ]
 
 
 def _given(native: Any) -> Any:

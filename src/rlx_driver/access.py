@@ -39,6 +39,7 @@ __all__ = [
     "alive",
     "fence",
     "foreign_thread",
+    "held_by_alias",
     "own_scope",
     "tell",
     "uncommitted",
@@ -125,6 +126,7 @@ class Access:
         "order",
         "owner",
         "pending",
+        "quiet",
         "readers",
         "retired",
         "state",
@@ -152,6 +154,7 @@ class Access:
         self.retired: list[tuple[FunctionalBackend, Any]] = []
         self.pending: Lease | None = None
         self.native_out = False
+        self.quiet = True  # no native access since a functional array last went out
         self.native_writes = 0
         self.version: Callable[[], int] | None = None
         self.marks: list[tuple[Callable[[list[Any]], None], list[Any]]] = []
@@ -186,7 +189,7 @@ class Access:
         free = self.state == "open" and not self.writer
         settled = self.fast
         self.native_ready = free and settled and self.pending is None
-        self.functional_ready = free and (settled or not self.native_out)
+        self.functional_ready = free and (settled or self.quiet)
 
     def close(self) -> None:
         """Let go of everything; views outside keep what they need. The caller holds it."""
@@ -254,6 +257,7 @@ class Access:
         """Note that a read or write by the native framework ends here, as far as enqueued."""
         if not self.synchronous and not self.is_recording():
             with self.lock:
+                self.quiet = self.functional_ready = False
                 self.order.after_native(wrote=wrote)
                 self.native_writes += wrote
 
@@ -395,6 +399,17 @@ def uncommitted(access: Access) -> StaleViewError:
     )
 
 
+def held_by_alias(access: Access) -> ZeroCopyError:
+    """Give the error for an array whose readers cannot be known."""
+    return ZeroCopyError(
+        f"an array handed out by {access.label}.jax() is held by a NumPy, torch or memoryview "
+        "alias made from it, so its readers cannot be fenced. Drop that alias, and take "
+        f"{access.label}.numpy() or .torch() instead of converting the JAX array (in JAX 0.11 "
+        "numpy.asarray or repr of a bfloat16 or float8 array on the host holds it for good). "
+        "No byte was changed"
+    )
+
+
 def own_scope(access: Access, *, writing: bool) -> StaleViewError:
     """Give the error for an access from inside a scope or update of the same thread."""
     if writing:
@@ -479,13 +494,7 @@ def _fence_one(backend: FunctionalBackend, entries: list[tuple[Access, Lease | N
                     access.wait(lease)
             raise
     if held is not None:
-        raise ZeroCopyError(
-            f"an array handed out by {held.label}.jax() is held by a NumPy, torch or memoryview "
-            "alias made from it, so its readers cannot be fenced. Drop that alias, and take "
-            f"{held.label}.numpy() or .torch() instead of converting the JAX array (in JAX 0.11 "
-            "numpy.asarray or repr of a bfloat16 or float8 array on the host holds it for good). "
-            "No byte was changed"
-        )
+        raise held_by_alias(held)
 
 
 def _wait_for(backend: FunctionalBackend, array: Any) -> None:

@@ -11,7 +11,7 @@ from rlx_driver import _hooks, dtypes
 from rlx_driver._exchange import exchange
 from rlx_driver._ledger import ledger
 from rlx_driver._locks import acquire, release
-from rlx_driver.access import Access, Lease, fence, written
+from rlx_driver.access import Access, Lease, alive, fence, written
 from rlx_driver.backends.base import ArrayFacts, Backend, FunctionalBackend
 from rlx_driver.errors import DTypeError, ShapeError, ZeroCopyError
 from rlx_driver.registry import registry
@@ -162,7 +162,7 @@ def _put(
         _order_before(writes, [lease for _, _, lease in adopted], lost)
         for value, array in zip(moved, arrays, strict=True):
             _move(value.buffer, array, cast, blocking)
-            if value.native is None and not isinstance(array, np.ndarray):
+            if value.native is None and value.lender is None and not isinstance(array, np.ndarray):
                 value.buffer._access.order.keep(array)
         for access in dict.fromkeys(value.buffer._access for value in moved):
             access.after_native()
@@ -249,6 +249,7 @@ class _Value:
         if self.native is not None:
             x._materialise()
         self.source = registry.for_array(x if self.native is None else self.native())
+        self.lender = self._lender()
         self.facts = self._found()
         if self.facts.obstacle is not None and not self.facts.obstacle.copyable:
             raise ZeroCopyError(f"the value cannot be copied: {self.facts.obstacle}")
@@ -273,10 +274,19 @@ class _Value:
         return backend.facts(exchange(self.x, backend.name, copy=None))
 
     def reads(self, writes: Sequence[Access]) -> list[Access]:
-        """Give the access to read by, when the value is a Buffer of other memory."""
-        if self.native is None or self.x._access in writes:
-            return []
-        return [self.x._access]
+        """Give the access to read by, when the value is memory of a Buffer that is not written."""
+        lender = self.lender if self.native is None else self.x._access
+        return [] if lender is None or lender in writes else [lender]
+
+    def _lender(self) -> Access | None:
+        """Find whose memory an array is that `jax` gave, where reading it takes place later."""
+        if self.buffer._access.synchronous or not isinstance(self.source, FunctionalBackend):
+            return None
+        for access in list(alive):
+            for lease in access.leases.values():
+                if lease.backend is self.source and lease.is_own(self.x):
+                    return access
+        return None
 
     def taken_from(self, writes: Sequence[Access], changed: Sequence[Buffer]) -> Any:
         """Give an array of the buffer's native framework, or of the host.

@@ -307,6 +307,10 @@ class FunctionalBackend(Backend):
         """Tell whether an error may be the framework's own for using this donated array."""
         return False
 
+    def refuses_donation(self, error: BaseException) -> bool:
+        """Tell whether a program was refused because something else holds what it would donate."""
+        return False
+
     def shows_current_bytes(self, array: Any) -> bool:
         """Tell whether an array has kept no host copy of bytes that others may have changed."""
         return True

@@ -354,9 +354,25 @@ class JaxBackend(Lanes, StreamServices, FunctionalBackend):
             with jax.disable_jit(False):
                 return list(_fence(arrays))
         if len(arrays) > 8:
-            return list(_fence(arrays))
+            try:
+                return list(_fence(arrays))
+            except (ValueError, RuntimeError) as error:
+                if not self.refuses_donation(error):
+                    raise
         # One by one: few programs to compile, however the arrays are combined.
-        return [_fence([array])[0] for array in arrays]
+        return [self._fenced(array) for array in arrays]
+
+    def _fenced(self, array: Any) -> Any:
+        try:
+            return _fence([array])[0]
+        except (ValueError, RuntimeError) as error:
+            if not self.refuses_donation(error):
+                raise
+            return array  # alive as ever, as on the host where nothing is raised
+
+    def refuses_donation(self, error: BaseException) -> bool:
+        """Tell whether a program was refused because something else holds what it would donate."""
+        return "external reference" in str(error)
 
     def alias(self, array: Any) -> Any:
         """Give another array over the same buffer, where a probe has shown that it dies with it."""

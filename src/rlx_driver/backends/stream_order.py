@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlx_driver._ledger import ledger
@@ -145,6 +146,7 @@ class StreamOrder(Order):
         self._memory = weakref.ref(memory)
         here = streams.current()
         self._known = {here}
+        self._begun: dict[int, Hashable] = {}  # by thread: where native work begins that ends later
         # Streams to come after, each with its event; None: a view is out on that stream, and what
         # counts is all that it holds at the time of the next access.
         self._writes: dict[Hashable, Any] = {here: streams.record(here)}
@@ -179,6 +181,7 @@ class StreamOrder(Order):
         """Make the current stream wait for a functional result and for other streams."""
         streams = self._streams
         here = streams.current()
+        self._begun[get_ident()] = here
         if here == self._settled_on:
             return False
         finished = False
@@ -195,9 +198,12 @@ class StreamOrder(Order):
     def after_native(self, *, wrote: bool = True) -> None:
         """Remember what the current stream holds now as a write, or a read, of this memory."""
         here = self._streams.current()
-        if here == self._shared_on and self._view_out:
+        begun = self._begun.pop(get_ident(), here)
+        if here == begun == self._shared_on and self._view_out:
             return  # views in use there make later accesses wait for all of that stream anyway
-        self._join(here, wrote)  # the block that ends here may have begun on another stream
+        if begun != here:
+            self._streams.wait_event(here, self._streams.record(begun))
+            self._join(here, wrote)
         members = self._writes if wrote else self._reads
         event = self._streams.record(here, members.get(here))
         if wrote:
@@ -249,12 +255,15 @@ class StreamOrder(Order):
             self._streams.keep(here, *objects)
 
     def wait_result(self, array: Any, pending: Callable[[], None]) -> None:
-        """Make the current stream wait for a functional array that is no pending result of ours."""
+        """Make the current stream wait for a functional array, and later writers for that."""
         theirs, here = self._streams.functional(), self._streams.current()
         if theirs is None:
             pending()
-        elif here != theirs:
+            return
+        if here != theirs:
             self._streams.wait_result(here, array)
+        self._reads[here] = self._streams.record(here, self._reads.get(here))
+        self._refresh()
 
     @contextmanager
     def for_host(self, pending: Callable[[], None], result: Any | None) -> Iterator[None]:

@@ -219,6 +219,22 @@ class FakeDevice:
         shapes = [(host.shape, host.dtype)]
         return self._runtime.launch("put", lambda _: [host], [], shapes, [None], device=place)[0]
 
+    def launch(self, function: Callable[..., object], *arrays: FakeArray) -> None:
+        """Enqueue work of your own on the current stream, as a kernel that is given pointers.
+
+        Parameters
+        ----------
+        function
+            Gets a NumPy array over the bytes of each array, to read and write; it is called when
+            the stream comes to it. The native framework does not know what it writes.
+        arrays
+            Native arrays of one device, the first device when there are none.
+        """
+        place = arrays[0].device if arrays else self.device
+        values = [array._values for array in arrays]
+        label = getattr(function, "__name__", "launch")
+        self._machine.enqueue(place, label, lambda: function(*values))
+
     def jit(
         self, function: Callable[..., Any], donate_argnums: Sequence[int] = ()
     ) -> Callable[..., Any]:
