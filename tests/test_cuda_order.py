@@ -650,3 +650,17 @@ def test_a_copy_from_an_array_of_another_buffer_reads_that_buffer(way, heavy):
             b.copy_from(array)  # late
         a.update(plus_one)  # comes after the copy, and nothing holds the array any more
         assert float(b.torch().sum()) == (2 + count) * SIZE
+
+
+def test_a_write_to_one_handle_of_a_region_is_none_to_the_others():
+    region = rlx.HandleRegion(DEVICE)
+    a, b = region.create({"a": ((64,), "f32"), "b": ((64,), "f32")}).values()
+    t, held = a.torch(), a.jax()
+    version = t._version
+    with b.write("torch") as other:
+        other.fill_(1)
+    b.update(plus_one)
+    assert t._version == version, "autograd would refuse what it saved of the other handle"
+    assert a.jax() is held
+    assert not held.is_deleted()
+    region.close()

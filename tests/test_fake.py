@@ -286,6 +286,23 @@ def test_the_host_does_not_wait_for_ever(fake, stream):
     assert len(fake.host_waits) == 2
 
 
+def test_work_of_ones_own_runs_on_the_current_stream(fake, stream):
+    def swap(first, second):
+        first[...], second[...] = second.copy(), first.copy()
+
+    x, y = fake.array(np.zeros(2)), fake.array(np.ones(2))
+    stream.hold()
+    with stream:
+        fake.launch(swap, x, y)
+    assert stream.pending == ("swap",)
+    assert x.read().tolist() == [0, 0]
+    stream.release()
+    assert (x.read().tolist(), y.read().tolist()) == ([1, 1], [0, 0])
+    fake.on_host_wait = "release"
+    with pytest.raises(HangError, match="runs the very work that waits"):
+        fake.launch(x.read)
+
+
 def test_a_host_wait_may_release_just_what_it_waits_for(fake, stream):
     other = fake.stream("other")
     fake.on_host_wait = "release"

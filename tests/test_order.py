@@ -792,18 +792,20 @@ def test_an_argument_of_a_native_update_is_read_in_order(place):
         view.add_(other)
 
     def scenario(place, make):
-        b, argument = make([0, 0]), make([1, 1])
-        late_write(place, argument)
-        place.side.hold()
+        b, c, written, to_be_written = (make([1, 1]) for _ in range(4))
+        late_write(place, written)
         with place.side:
-            b.update(add, argument, framework=NATIVE)
+            b.update(add, written, framework=NATIVE)
         place.here.release()
-        with argument.write(NATIVE) as view:
+        with place.side:
+            place.side.hold()
+            c.update(add, to_be_written, framework=NATIVE)
+        with to_be_written.write(NATIVE) as view:
             view.fill_(9)
         with place.side:
-            return b.array(NATIVE).clone()
+            return b.array(NATIVE).clone(), c.array(NATIVE).clone()
 
-    check(place, scenario, [[7, 7]])
+    check(place, scenario, [[8, 8], [2, 2]])
 
 
 def test_readers_on_two_streams_do_not_wait_for_each_other_but_a_write_waits_for_both(place):
@@ -999,12 +1001,16 @@ def test_a_step_that_is_refused_forgets_no_reader(place):
     check(place, scenario, [[1]], host_waits=True)
 
 
-def test_an_update_that_has_to_be_copied_back_is_in_order(place):
+@pytest.mark.parametrize("updated_before", [False, True])
+def test_an_update_that_has_to_be_copied_back_is_in_order(place, updated_before):
     def scenario(place, make):
         b = make([1, 1])
         with place.side:
-            with b.write(NATIVE) as view:
-                view.fill_(2)
+            if updated_before:
+                b.update(plus_one, framework=FUNCTIONAL)
+            else:
+                with b.write(NATIVE) as view:
+                    view.fill_(2)
             place.fake.fail_next("donate")
             place.side.hold()
             place.fake.on_host_wait = "release"
@@ -1506,6 +1512,23 @@ class Program:
         buffer, values = self.fenced(index)
         buffer.update(times, framework=FUNCTIONAL, ordered=self.chance.random() < 0.5)
         values *= 2
+
+    def do_update_that_is_refused(self, index):
+        if self.make == self.place.buffer:
+            with contextlib.suppress(rlx.ShapeError):
+                self.buffers[index].update(wrong_shape, framework=FUNCTIONAL)
+
+    def do_commit(self, index):
+        if self.read_by_programs[index]:
+            return  # nobody can fence what a program of the user donates
+        buffer = self.buffers[index]
+        program = self.place.fake.jit(plus_one, donate_argnums=[0])
+        result = program(buffer.array(FUNCTIONAL))
+        if self.make == self.place.buffer:
+            rlx.commit(getattr(buffer, "buffer", buffer), result)
+        else:
+            buffer.functional = result
+        self.values[index] += 1
 
     def do_update_by_the_other(self, index):
         self.buffers[index].update(

@@ -1161,3 +1161,15 @@ def test_without_donation_in_place_an_update_is_right_by_way_of_a_copy(monkeypat
 
 def plus_one_each(tree):
     return [leaf + 1 for leaf in tree]
+
+
+@pytest.mark.parametrize("viewed", [False, True], ids=["no view out", "view out"])
+def test_a_copied_back_update_after_one_that_nobody_waited_for(viewed):
+    b = rlx.Buffer.zeros(64)
+    if viewed:
+        b.numpy()
+    b.update(plus_one, ordered=False)
+    b.jax()  # handed out, so that the copy has a reader to fence
+    b.update(jax.jit(plus_one))  # does not donate
+    assert b.numpy().tolist() == [2.0] * 64
+    assert b.jax().sum() == 128

@@ -117,6 +117,7 @@ def land_elsewhere(
         if backend.is_dead(old):
             lease.array = lease.handed = None
             buffer._access.handed.pop(lease, None)
+        buffer._access.pending = None  # the copy came after it
         buffer._access.after_native()
         buffer._access.written()
     done = {id(lease) for _, lease, _, _ in stray}

@@ -158,7 +158,10 @@ class TorchBackend(StreamServices, Backend):
     ) -> torch.Tensor:
         """Make a typed view at a byte offset."""
         count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        typed = memory[byte_offset : byte_offset + count].view(TO_TORCH[np.dtype(dtype)])
+        # By way of .data, so that each view has a version counter of its own: a write to one handle
+        # of an allocation is none to the others.
+        part = memory.data[byte_offset : byte_offset + count]
+        typed = part.view(TO_TORCH[np.dtype(dtype)])
         return typed.reshape(shape)
 
     def copy_in(self, destination: torch.Tensor, source: np.ndarray[Any, Any]) -> None:

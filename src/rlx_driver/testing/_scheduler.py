@@ -144,9 +144,10 @@ def _hanging(mark: Mark) -> str:
     first, *others = mark.stream.held_by()
     chain = "".join(f", which waits for stream {stream.name!r}" for stream in others)
     last = others[-1] if others else first
+    why = "is held" if last.is_held else "runs the very work that waits"
     return (
         f"the host waits for {mark.label} on stream {first.name!r} of {first.device}{chain}, which "
-        f"is held, so it would wait for ever; there {len(last.pending)} pieces of work are pending "
+        f"{why}, so it would wait for ever; there {len(last.pending)} pieces of work are pending "
         f"({', '.join(last.pending[:5])}). Release it first (stream.release()), or let such waits "
         'release what they wait for (on_host_wait="release")'
     )
