@@ -497,14 +497,26 @@ def test_of_several_stale_views_the_one_that_was_used_is_named():
     assert only(check).label == "handle 'two'"
 
 
-def test_a_stale_view_that_no_frame_has_is_found_by_its_shape():
-    one, two = rlx.BufferHandle("one", 3), rlx.BufferHandle("two", 5)
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (RuntimeError("Array has been deleted with shape=float32[5]."), ["two"]),
+        (RuntimeError("Array has been deleted with shape=float32[9]."), []),
+        (ValueError("INVALID_ARGUMENT: Buffer has been deleted or donated."), ["one", "two"]),
+        (RuntimeError("something else"), []),
+        (KeyError("Array has been deleted"), []),
+        (rlx.UpdateFailedError("Array has been deleted with shape=float32[5]."), []),
+    ],
+)
+def test_where_no_frame_has_the_stale_view_the_text_of_the_error_tells(way, error, named):
+    handles = one, two, _ = [rlx.BufferHandle(n, k) for n, k in [("one", 3), ("two", 5), ("x", 5)]]
     holder = Holder()
-    with pytest.raises(rlx.RaceError), rlx.checking() as check:
-        holder.one, holder.two = one.jax(), two.jax()
-        rlx.update([one, two], lambda t: [x + 1 for x in t])
-        summed(holder.two)
-    assert only(check).label == "handle 'two'"
+    with pytest.raises(rlx.RaceError if named else type(error)), rlx.checking() as check:
+        holder.held = one.jax(), two.jax()
+        handles[2].jax()  # nobody holds this one
+        rlx.update(list(handles), lambda t: [x + 1 for x in t])
+        raise error
+    assert sorted(race.label for race in check.races) == [f"handle {name!r}" for name in named]
 
 
 def test_a_view_that_the_program_donated_and_used_again(kv):

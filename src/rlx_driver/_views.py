@@ -92,8 +92,10 @@ class ViewsMixin:
 
         Copies: never. Blocks: only after an update of an overlapping slice. Read-only: JAX arrays
         are. Aliases: this Buffer. The second call is a look-up. The array dies with the next write
-        by the driver: using it then raises JAX's own error. It may be donated to a jitted function
-        of yours whose result you give back by `commit`.
+        by the driver: using it then raises JAX's own error. (On a GPU also with the next call of
+        `jax` after torch has written through a view: copies of the old array to the host would not
+        wait for torch.) It may be donated to a jitted function of yours whose result you give back
+        by `commit`.
 
         Raises
         ------
