@@ -1,8 +1,8 @@
 """The race checker: what it finds, what it must not find, and that it leaves nothing behind."""
 
-import functools
 import gc
 import os
+import re
 import threading
 import warnings
 
@@ -21,7 +21,8 @@ torch = pytest.importorskip("torch")
 
 import jax.numpy as jnp  # noqa: E402
 
-from buffer_support import in_thread, reader_in_flight, start, warm_up  # noqa: E402
+from buffer_support import in_thread, start  # noqa: E402
+from legal_programs import LEGAL, WRITERS, Holder, donating, filled, plus_one, summed  # noqa: E402
 
 pytestmark = [
     pytest.mark.jax,
@@ -44,22 +45,36 @@ def kv():
 
 @pytest.fixture(params=["aliases", "references"])
 def way(request, monkeypatch):
-    """Both ways to know whether a view is held: by an alias, and where there is none by counting."""
+    """Both ways to know whether a view is held: by an alias, or where there is none by counting."""
     if request.param == "references":
         monkeypatch.setattr(type(registry.get("jax")), "alias", lambda self, array: array)
     return request.param
 
 
-def plus_one(x):
-    return x + 1
+class Finding:
+    """A block of checking that has to end with a `RaceError`."""
 
+    def __init__(self, match=""):
+        self._match = match
+        self._block = rlx.checking()
+        self.races = self._block.races
+        self.error = None
 
-donating = jax.jit(plus_one, donate_argnums=0)
-summed = jax.jit(jnp.sum)
+    def __enter__(self):
+        self._block.__enter__()
+        return self
 
-
-def filled(value=1.0, shape=(4, 16)):
-    return rlx.Buffer.from_array(np.full(shape, value, np.float32), copy=True)
+    def __exit__(self, kind, error, trace):
+        try:
+            self._block.__exit__(kind, error, trace)
+        except rlx.RaceError as raised:
+            assert re.search(self._match, str(raised))
+            self.error = raised
+        if isinstance(error, rlx.RaceError):
+            self.error = error  # of a block inside
+        if self.error is None and error is None:
+            pytest.fail("no race was found")
+        return self.error is not None
 
 
 def hand_out_jax(b):
@@ -84,9 +99,6 @@ def only(check):
     """The one race that was found."""
     assert len(check.races) == 1, "\n".join(map(str, check.races)) or "no race was found"
     return check.races[0]
-
-
-WRITERS = ["numpy", "torch"]
 
 
 # --- bytes that change under a view ----------------------------------------------------------
@@ -137,13 +149,13 @@ NOTICED = {
 def test_a_write_under_a_view_is_found_however_the_view_was_taken(take, writer):
     b = filled()
     view = b.array(writer)
-    with pytest.raises(rlx.RaceError) as caught, rlx.checking() as check:
+    with Finding() as check:
         held = take(b)
         scribble(view)
     race = only(check)
     assert race.kind == "changed under a view"
     assert race.frameworks == ("jax", "unknown")  # the mutable view is older than the block
-    assert caught.value.races == check.races
+    assert check.error.races == check.races
     assert not held.is_deleted()
 
 
@@ -152,7 +164,7 @@ def test_a_write_under_a_view_is_found_however_the_view_was_taken(take, writer):
 def test_a_write_under_a_view_is_found_once_wherever_it_is_noticed(kv, way, notice, writer):
     if way == "references" and notice is hand_out_jax:
         pytest.skip("who holds an array that is being handed out cannot be counted")
-    with pytest.raises(rlx.RaceError), rlx.checking() as check:
+    with Finding() as check:
         view = hand_out_mutable(kv, writer)
         held = hand_out_jax(kv)
         scribble(view)
@@ -166,7 +178,7 @@ def test_a_write_under_a_view_is_found_once_wherever_it_is_noticed(kv, way, noti
 
 
 def test_a_write_under_a_view_is_found_when_the_view_is_let_go(kv):
-    with pytest.raises(rlx.RaceError), rlx.checking() as check:
+    with Finding() as check:
         n = kv.numpy()
         held = kv.jax()
         n[0] = 5
@@ -182,7 +194,7 @@ def test_the_text_names_the_handle_both_frameworks_and_every_place(kv, writer):
         with kv.write("numpy"):
             pass
 
-    with pytest.raises(rlx.RaceError) as caught, rlx.checking() as check:
+    with Finding() as check:
         view = hand_out_mutable(kv, writer)
         held = hand_out_jax(kv)
         scribble(view)
@@ -190,7 +202,7 @@ def test_the_text_names_the_handle_both_frameworks_and_every_place(kv, writer):
     del held
     race = only(check)
     text = str(race)
-    assert text in str(caught.value)
+    assert text in str(check.error)
     assert "handle 'kv' changed while a view of jax was live" in text
     assert "the jax view was handed out at:\n" in text
     assert f"a {writer} view was handed out at:\n" in text
@@ -201,12 +213,12 @@ def test_the_text_names_the_handle_both_frameworks_and_every_place(kv, writer):
     assert line_of(hand_out_mutable) in str(race.changed_by[0])
     assert line_of(notice) in str(race.noticed_at)
     assert "return b.jax()" in text
-    assert os.path.join("src", "rlx_driver") not in text, "our own frames are of no use"
+    assert "rlx_driver" not in text, "our own frames are of no use"
     assert "write(...)" in text.splitlines()[0]
 
 
 def test_every_framework_that_may_have_written_is_named_and_places_are_bounded(kv):
-    with pytest.raises(rlx.RaceError), rlx.checking() as check:
+    with Finding() as check:
         hand_out_mutable(kv, "torch")
         for _ in range(50):
             hand_out_mutable(kv, "torch")
@@ -223,7 +235,7 @@ def test_every_framework_that_may_have_written_is_named_and_places_are_bounded(k
 
 
 def test_a_view_of_a_write_scope_that_is_written_afterwards(kv, way):
-    with pytest.raises(rlx.RaceError), rlx.checking() as check:
+    with Finding() as check:
         with kv.write("torch") as t:
             t.fill_(1)
         held = kv.jax()
@@ -246,7 +258,7 @@ def test_a_view_of_a_write_scope_that_is_written_afterwards(kv, way):
     ],
 )
 def test_writes_of_every_kind_are_seen(kv, write):
-    with pytest.raises(rlx.RaceError), rlx.checking() as check:
+    with Finding() as check:
         held = kv.jax()
         write(kv)
     assert only(check).kind == "changed under a view"
@@ -262,7 +274,7 @@ def ctypes_pointer(b):
 def test_memory_that_a_buffer_shares_is_watched_too():
     own = rlx.Buffer.zeros(64).numpy()
     b = rlx.Buffer.from_array(own, copy=False)
-    with pytest.raises(rlx.RaceError, match="from_array"), rlx.checking() as check:
+    with Finding("from_array") as check:
         held = b.jax()
         own[5] = 1
     assert only(check).frameworks == ("jax", "unknown")
@@ -272,7 +284,7 @@ def test_memory_that_a_buffer_shares_is_watched_too():
 def test_two_buffers_on_one_memory_do_not_know_each_other():
     first = filled(0)
     second = rlx.Buffer.from_array(first.numpy(), copy=False)
-    with pytest.raises(rlx.RaceError), rlx.checking() as check:
+    with Finding() as check:
         held = first.jax()
         second.update(plus_one)
         second.numpy()
@@ -285,7 +297,7 @@ def test_changes_are_seen_in_every_dtype(dtype):
     b = rlx.Buffer.zeros((3, 5), dtype)
     n = b.numpy()
     x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
-    with x64(True), pytest.raises(rlx.RaceError), rlx.checking() as check:
+    with x64(True), Finding() as check:
         held = b.jax()
         n[2, 4] = 1
     only(check)
@@ -294,7 +306,7 @@ def test_changes_are_seen_in_every_dtype(dtype):
 
 def test_a_buffer_without_axes_is_watched():
     b = rlx.Buffer.zeros(())
-    with pytest.raises(rlx.RaceError), rlx.checking() as check:
+    with Finding() as check:
         held = b.jax()
         b.numpy()[...] = 1
     only(check)
@@ -305,7 +317,7 @@ def test_memory_that_jax_owns_is_watched():
     with rlx.HandleRegion("cpu", backend="jax") as region:
         kv = region.create({"kv": ((4, 16), "f32")})["kv"]
         assert not kv.jax().committed
-        with pytest.raises(rlx.RaceError), rlx.checking() as check:
+        with Finding() as check:
             held = kv.jax()
             assert not held.committed, "the alias goes to any device as the array itself does"
             kv.numpy()[0] = 1
@@ -321,7 +333,7 @@ def test_memory_that_jax_owns_is_watched():
 
 def test_a_write_in_another_thread_is_found(kv):
     n = kv.numpy()
-    with pytest.raises(rlx.RaceError), rlx.checking() as check:
+    with Finding() as check:
         held = kv.jax()
         in_thread(scribble, n)
         in_thread(kv.update, plus_one)
@@ -332,7 +344,7 @@ def test_a_write_in_another_thread_is_found(kv):
 
 def test_a_view_that_another_thread_holds_is_found(kv):
     n = kv.numpy()
-    with pytest.raises(rlx.RaceError), rlx.checking() as check:
+    with Finding() as check:
         held = [in_thread(hand_out_jax, kv)]
         n[0] = 3
         kv.update(plus_one)
@@ -341,7 +353,7 @@ def test_a_view_that_another_thread_holds_is_found(kv):
 
 
 def test_a_view_in_a_read_scope_is_compared_when_the_scope_ends(kv, way):
-    with pytest.raises(rlx.RaceError), rlx.checking() as check:
+    with Finding() as check:
         with kv.read("jax") as j:
             kv.numpy()[0] = 2
         assert len(check.races) == 1
@@ -350,7 +362,7 @@ def test_a_view_in_a_read_scope_is_compared_when_the_scope_ends(kv, way):
 
 def test_every_array_of_a_tree_is_watched():
     state = {"a": filled(), "b": [filled(), filled()]}
-    with pytest.raises(rlx.RaceError, match="2 races found"), rlx.checking() as check:
+    with Finding("2 races found") as check:
         held = rlx.views(state, "jax")
         state["a"].numpy()[0] = 5
         state["b"][1].torch()[0] = 5
@@ -360,7 +372,7 @@ def test_every_array_of_a_tree_is_watched():
 
 
 def test_a_view_goes_on_being_watched_after_a_race_that_was_reported(kv):
-    with pytest.raises(rlx.RaceError), rlx.checking() as check:
+    with Finding() as check:
         n = kv.numpy()
         held = kv.jax()
         n[0] = 5
@@ -371,7 +383,7 @@ def test_a_view_goes_on_being_watched_after_a_race_that_was_reported(kv):
 
 
 def test_a_view_whose_fence_was_refused_goes_on_being_watched(kv):
-    with pytest.raises(rlx.RaceError), rlx.checking() as check:
+    with Finding() as check:
         n = kv.numpy()
         held = kv.jax()
         alias = np.asarray(held)
@@ -384,7 +396,7 @@ def test_a_view_whose_fence_was_refused_goes_on_being_watched(kv):
 
 
 def test_an_update_that_was_refused_while_traced_ends_no_watch(kv):
-    with pytest.raises(rlx.RaceError), rlx.checking() as check:
+    with Finding() as check:
         n = kv.numpy()
         held = kv.jax()
         with pytest.raises(rlx.ShapeError):
@@ -397,18 +409,18 @@ def test_an_update_that_was_refused_while_traced_ends_no_watch(kv):
 
 
 def test_equal_races_are_told_once():
-    with pytest.raises(rlx.RaceError) as caught, rlx.checking():
+    with Finding() as check:
         b = filled(0)
         for i in range(3):
             j = b.jax()
             b.numpy()[0] = i + 1
             del j
-    assert str(caught.value).startswith("3 races found\n\n(3 times) bytes of Buffer")
-    assert len(caught.value.races) == 3
+    assert str(check.error).startswith("3 races found\n\n(3 times) bytes of Buffer")
+    assert len(check.races) == 3
 
 
 def test_jax_that_holds_the_view_for_the_program_counts_as_held(kv):
-    with pytest.raises(rlx.RaceError), rlx.checking():
+    with Finding():
         view = kv.jax()
         function = jax.jit(lambda: view + 1)
         function()
@@ -430,10 +442,6 @@ def write_by_scope(b):
 
 def write_by_copy(b):
     b.copy_from(np.full(b.shape, 3, np.float32))
-
-
-class Holder:
-    """Something that keeps a view where no frame has it."""
 
 
 def use_in_a_container(view):
@@ -466,7 +474,7 @@ USES = {
 @pytest.mark.parametrize("use", [pytest.param(f, id=name) for name, f in USES.items()])
 def test_a_stale_view_is_named_with_the_write_that_ended_it(kv, way, use, write):
     other = filled()
-    with pytest.raises(rlx.RaceError) as caught, rlx.checking() as check:
+    with Finding() as check:
         bystander = other.jax()
         stale = hand_out_jax(kv)
         write(kv)
@@ -474,12 +482,12 @@ def test_a_stale_view_is_named_with_the_write_that_ended_it(kv, way, use, write)
         other.update(plus_one)
         use(stale)
     del bystander
-    assert isinstance(caught.value.__cause__, (RuntimeError, ValueError))
-    assert "deleted" in str(caught.value.__cause__)
+    assert isinstance(check.error.__cause__, (RuntimeError, ValueError))
+    assert "deleted" in str(check.error.__cause__)
     race = only(check) if use is not use_by_attribute else check.races[-1]
     text = str(race)
     assert (race.label, race.kind, race.frameworks) == ("handle 'kv'", "stale view", ("jax",))
-    assert "handle 'kv' was used after it went stale" in str(caught.value)
+    assert "handle 'kv' was used after it went stale" in str(check.error)
     assert line_of(hand_out_jax) in str(race.handed_out_at)
     assert line_of(write) in str(race.changed_by[0])
     used = line_of(test_a_stale_view_is_named_with_the_write_that_ended_it, 10)
@@ -490,7 +498,7 @@ def test_a_stale_view_is_named_with_the_write_that_ended_it(kv, way, use, write)
 
 def test_of_several_stale_views_the_one_that_was_used_is_named():
     one, two = (rlx.BufferHandle(name, (4, 16)) for name in ("one", "two"))
-    with pytest.raises(rlx.RaceError), rlx.checking() as check:
+    with Finding() as check:
         views = one.jax(), two.jax()
         rlx.update([one, two], lambda t: [x + 1 for x in t])
         views[1] + 1
@@ -520,12 +528,12 @@ def test_where_no_frame_has_the_stale_view_the_text_of_the_error_tells(way, erro
 
 
 def test_a_view_that_the_program_donated_and_used_again(kv):
-    with pytest.raises(rlx.RaceError) as caught, rlx.checking() as check:
+    with Finding() as check:
         view = kv.jax()
         rlx.commit(kv, donating(view))
         view + 1
     assert "the program itself donated or deleted it" in str(only(check))
-    assert caught.value.__cause__ is not None
+    assert check.error.__cause__ is not None
 
 
 def test_an_array_of_the_user_that_was_deleted_is_no_race(kv):
@@ -585,7 +593,7 @@ SILENT = {
 @pytest.mark.parametrize("use", [pytest.param(f, id=name) for name, f in SILENT.items()])
 def test_a_donation_that_was_never_committed_is_found_where_nothing_else_notices(kv, use, drop):
     kv.numpy(), kv.torch()
-    with pytest.raises(rlx.RaceError, match="never committed"), rlx.checking() as check:
+    with Finding("never committed") as check:
         view = hand_out_jax(kv)
         new = donating(view)
         if drop:
@@ -605,7 +613,7 @@ def test_a_donation_that_was_never_committed_is_found_where_nothing_else_notices
 
 
 def test_a_donation_that_was_never_committed_is_found_at_the_end(kv, way):
-    with pytest.raises(rlx.RaceError), rlx.checking() as check:
+    with Finding() as check:
         new = donating(hand_out_jax(kv))
     assert only(check).kind == "not committed"
     del new
@@ -613,7 +621,7 @@ def test_a_donation_that_was_never_committed_is_found_at_the_end(kv, way):
 
 def test_a_donation_of_a_part_is_found_where_that_part_is_seen():
     b = filled()
-    with pytest.raises(rlx.RaceError), rlx.checking() as check:
+    with Finding() as check:
         new = donating(b[:2].jax())
         assert b[2:].numpy().sum() == 32
         b[3].torch()
@@ -625,494 +633,6 @@ def test_a_donation_of_a_part_is_found_where_that_part_is_seen():
 
 
 # --- what is legal ---------------------------------------------------------------------------
-
-
-def read_then_write():
-    b = filled()
-    n, t = b.numpy(), b.torch()
-    for i in range(5):
-        assert float(summed(b.jax())) == b.numpy().sum()
-        n[0] = i
-        t[1] = i
-
-
-def let_go_then_write():
-    b = filled()
-    n = b.numpy()
-    j = b.jax()
-    float(j.sum())
-    del j
-    n[0] = 5
-    j = b.jax()
-    j = jnp.asarray(j + 1)
-    n[0] = 6
-
-
-def let_go_in_a_function():
-    b = filled()
-
-    def look():
-        views = {"a": [b.jax()], "b": b[:2].jax()}
-        return float(views["a"][0].sum() + views["b"].sum())
-
-    for i in range(3):
-        look()
-        b.numpy()[...] = i
-
-
-def assign_from_its_own_view():
-    b = filled()
-    n, t = b.numpy(), b.torch()
-    n[:] = b.jax() * 2
-    n[0] = float(b.jax()[0, 0])
-    t.copy_(torch.from_dlpack(b.jax() + 1))
-    n[:] = b.jax()
-    assert n[0, 0] == 3
-
-
-def scopes_while_a_view_is_held():
-    b = filled()
-    n = b.numpy()
-    for framework in WRITERS:
-        held = b.jax()
-        with b.write(framework) as view:
-            view[0] = 3
-        n[1] = 4  # the JAX view is dead, and its holder would get an error
-        view[2] = 5
-        assert held.is_deleted()
-
-
-def every_write_of_the_driver_while_a_view_is_held():
-    b, other = filled(), filled(3)
-    n, t = b.numpy(), b.torch()
-    for write in (
-        lambda: b.update(plus_one),
-        lambda: b.update(plus_one, ordered=False),
-        lambda: b.update(jax.jit(plus_one)),
-        lambda: b.update(lambda x: x.add_(1), framework="torch"),
-        lambda: b.update(plus_one, framework="numpy"),
-        lambda: b.copy_from(np.full(b.shape, 7, np.float32)),
-        lambda: b.copy_from(other),
-        lambda: b.copy_from(b.jax() + 1),
-        lambda: b.copy_from(b.numpy()[::-1]),
-        lambda: b.copy_from(torch.ones(4, 16, dtype=torch.float64), cast=True),
-        lambda: b.__setitem__(..., 4.0),
-        lambda: b.__setitem__(0, 5.0),
-        lambda: b.__setitem__(slice(2), np.ones((2, 16), "f4")),
-        lambda: b[1].update(plus_one),
-        lambda: b.view("u8").__setitem__(0, 3),
-        lambda: rlx.commit(b, np.full(b.shape, 2, np.float32)),
-        lambda: rlx.commit(b, donating(b.jax())),
-        lambda: rlx.commit(b, b.jax()),
-        lambda: rlx.update({"b": b, "o": other}, lambda s: {"b": s["o"], "o": s["b"]}),
-        lambda: b.update(lambda x, y: x + y, other),
-        lambda: b.update(lambda x, y: x + y, other.jax()),
-        lambda: b.update(lambda x, y: x + y, other, framework="torch"),
-        lambda: other.update(lambda x, y: (y * 2, x), b, has_aux=True),
-    ):
-        held, part = b.jax(), b[:2].jax()
-        write()
-        n[0] += 0
-        assert b.jax() is not None
-        t[0] += 0
-    del held, part
-
-
-def parts():
-    b = filled()
-    left, right = b[:2], b[2:]
-    held = left.jax()
-    right.numpy()[...] = 3  # other bytes
-    b.numpy()[3] = 4
-    assert float(held.sum()) == 32
-    right.update(plus_one)
-    left.numpy()[0] = 1
-    held = left.jax(), right.jax(), b.jax(), b.view("i32").jax()
-    b.update(plus_one)
-    b.numpy()[...] = 0
-    new = donating(left.jax())
-    right.numpy()[...] = 1
-    rlx.commit(left, new)
-    rlx.commit([left, right], [donating(left.jax()), donating(right.jax())])
-    with rlx.write([left, right], "numpy") as (a, c):
-        a[...] = c
-    del held
-
-
-def trees():
-    state = {"w": filled(), "m": [filled(0)]}
-    n = rlx.views(state, "numpy")
-    held = rlx.views(state, "jax")
-    rlx.update(state, lambda s: {"w": s["w"] - s["m"][0], "m": [s["m"][0] + 1]})
-    n["w"][0] = 3
-    with rlx.read(state, "jax") as s:
-        float(s["w"].sum())
-    del s
-    n["m"][0][...] = 2
-    with rlx.write(state, "torch") as s:
-        s["w"].zero_()
-    rlx.commit(state, {"w": np.zeros((4, 16), "f4"), "m": [torch.ones(4, 16)]})
-    rlx.commit(state, rlx.views(state, "jax"))
-    n["w"][0] = 3
-    del held
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def train_step(state, batch):
-    grad = batch.mean() * jnp.ones_like(state["w"])
-    return {"w": state["w"] - 0.1 * grad, "m": state["m"] + grad}, grad.sum()
-
-
-def drop_in_training():
-    state = {"w": filled(), "m": filled(0)}
-    n = rlx.views(state, "numpy")
-    with rlx.no_copies():
-        for i in range(4):
-            new, loss = train_step(rlx.views(state, "jax"), jnp.ones(4))
-            rlx.commit(state, new)
-            if i % 2:
-                float(loss), n["w"].sum(), state["m"].torch().sum()
-    del new
-    n["w"][...] = 0
-    views = rlx.views(state, "jax")
-    for _ in range(3):
-        views, loss = train_step(views, jnp.ones(4))
-    rlx.commit(state, views)
-    del views
-    n["w"][...] = 0
-
-
-def training_with_torch():
-    weight, moment = filled(), filled(0)
-    parameter = torch.nn.Parameter(weight.torch())
-    optimizer = torch.optim.SGD([parameter], lr=0.1)
-    for _ in range(3):
-        moment.update(lambda m, w: 0.9 * m + w, weight)
-        loss = (parameter * moment.torch()).sum()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        float(summed(weight.jax()))
-        with torch.no_grad():
-            parameter.mul_(0.5)
-    weight.update(plus_one)
-
-
-def decode_loop():
-    kv = rlx.BufferHandle("kv", (2, 8, 16), "bf16")
-    n, t = kv.numpy(), kv.torch()
-
-    def append(cache, row, position):
-        return jax.lax.dynamic_update_slice(cache, row[:, None, :], (0, position, 0))
-
-    attend = jax.jit(lambda cache, q: jnp.einsum("hsd,hd->hs", cache, q))
-    with rlx.no_copies():
-        for position in range(8):
-            kv.update(append, jnp.ones((2, 16), jnp.bfloat16), position)
-            scores = attend(kv.jax(), jnp.ones((2, 16), jnp.bfloat16))
-            assert scores.shape == (2, 8)
-            assert t[:, position].sum() == 32
-            float(scores[0, 0])
-            n[:, position] *= 2  # evict, scale: plain writes between steps
-    kv.close()
-
-
-def unordered_chain():
-    b = filled(0)
-    n = b.numpy()
-    for _ in range(5):
-        b.update(plus_one, ordered=False)
-    seen = b.jax()
-    assert float(seen[0, 0]) == 5
-    b.update(plus_one, ordered=False)
-    b[:2].update(plus_one, ordered=False)
-    assert b.numpy()[0, 0] == 7
-    del seen
-    n[0] = 0
-
-
-def exceptions_in_blocks():
-    b, c = filled(), filled()
-    n = b.numpy()
-    held = b.jax()
-    with pytest.raises(ZeroDivisionError), b.write("numpy") as w:
-        w[0] = 3
-        1 / 0  # noqa: B018
-    n[0] = 4
-    with pytest.raises(ZeroDivisionError), b.read("jax"):
-        1 / 0  # noqa: B018
-    n[0] = 5
-
-    def broken(x, y):
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        c.update(broken, b)
-    with pytest.raises(ZeroDivisionError):
-        b.update(broken, c, framework="numpy")
-    n[0] = 6
-    with pytest.raises(rlx.ShapeError):
-        b.update(lambda x: x[0])
-    with pytest.raises(rlx.ShapeError):
-        rlx.commit(b, np.zeros(3, "f4"))
-    n[0] = 7
-    del held
-
-
-def failing_program():
-    b = filled()
-
-    def callback(_):
-        raise ArithmeticError
-
-    def failing(x):
-        return jax.pure_callback(callback, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
-
-    held = b.jax()
-    with pytest.raises(rlx.UpdateFailedError):
-        b.update(failing)
-        b.jax()
-        b.numpy()
-    b[...] = 0.0
-    b.numpy()[0] = 1
-    assert float(b.jax().sum()) == 16
-    del held
-
-
-def refused_fence():
-    b = filled()
-    n = b.numpy()
-    held = b.jax()
-    alias = np.asarray(held)
-    with pytest.raises(rlx.ZeroCopyError), b.write("numpy"):
-        pass
-    del alias
-    with b.write("numpy") as w:
-        w[0] = 9
-    n[0] = 8
-
-
-def lost_donation_that_is_overwritten():
-    b = filled()
-    donating(b.jax()).block_until_ready()
-    with pytest.raises(rlx.StaleViewError):
-        b.jax()
-    b.copy_from(np.zeros(b.shape, "f4"))
-    donating(b.jax())
-    b[...] = 3.0
-    assert b.numpy().sum() == 192
-    donating(b.jax())
-    rlx.commit(b, torch.zeros(4, 16))
-
-
-def garbage():
-    b = filled()
-    n = b.numpy()
-    for i in range(4):
-        cycle = Holder()
-        cycle.me, cycle.view = cycle, b.jax()
-        if i == 3:
-            cycle.more = [b[:2].jax(), b.jax()]
-        del cycle  # let go; the collector has not come by yet
-        n[0] = i + 2
-        if i == 1:
-            gc.collect()
-        elif i == 2:
-            b.jax()
-        else:
-            b.update(plus_one)
-    cycle = Holder()
-    cycle.me, cycle.view = cycle, b.jax()
-    del cycle
-    n[0] = 9
-
-
-def garbage_without_collector():
-    gc.disable()
-    try:
-        garbage()
-    finally:
-        gc.enable()
-
-
-def closing():
-    with rlx.BufferHandle("kv", 64) as kv:
-        n, held = kv.numpy(), kv.jax()
-    n[0] = 3  # the handle is gone, the memory is ours
-    b = filled()
-    n, part = b.numpy(), b[1].jax()
-    b.close()
-    n[...] = 3
-    region = rlx.HandleRegion("cpu")
-    a = region.create({"a": (64, "f32")})["a"]
-    view = a.jax(), a.numpy()
-    region.close()
-    view[1][0] = 5
-    del held, part
-
-
-def many_readers_in_threads():
-    b = filled()
-    n = b.numpy()
-    turn = threading.Lock()
-
-    def work(i):
-        for k in range(6):
-            if k % 3 == i % 3:
-                b.update(plus_one, ordered=bool(k % 2))
-            elif k % 3 == 1:
-                with b.read("jax") as j:
-                    float(summed(j))
-                del j
-            else:
-                with b.write("numpy") as w:
-                    w += 1
-            with turn, b.write("torch"):
-                pass
-            try:
-                float(summed(b.jax()))
-            except (RuntimeError, ValueError) as error:  # another thread wrote meanwhile
-                assert "deleted" in str(error)
-                del error
-
-    for future in [start(work, i) for i in range(4)]:
-        future.result(timeout=120)
-    n[0] = 0
-
-
-def reader_under_way():
-    warm_up()
-    b = rlx.Buffer.from_array(np.ones((512, 512), np.float32), copy=True)
-    out = reader_in_flight(b.jax())
-    with b.write("numpy") as n:
-        n[...] = 7
-    assert bool((np.asarray(out) == 1).all())
-    n[0] = 3
-
-
-def callbacks():
-    a, b = filled(1), filled(2)
-
-    def look(x):
-        return x + b.numpy()[0, 0] + float(b.jax()[0, 0])
-
-    def step(x):
-        return jax.pure_callback(look, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
-
-    a.update(step)
-    assert a.numpy()[0, 0] == 5
-    b.numpy()[0] = 4
-
-
-def modes_of_torch():
-    b = filled()
-    with torch.no_grad():
-        b.torch().add_(1)
-    with torch.inference_mode():
-        float(b.jax().sum())
-        b.torch().add_(1)
-    weight = torch.nn.Parameter(b.torch())
-    weight.data.zero_()
-    assert float(b.jax().sum()) == 0
-
-
-def odd_sizes():
-    empty, scalar = rlx.Buffer.zeros((0, 4)), rlx.Buffer.zeros(())
-    for b in (empty, scalar):
-        held = b.jax()
-        b.update(plus_one)
-        b.numpy()[...] = 3
-        del held
-        rlx.commit(b, donating(b.jax()))
-        b.numpy()[...] = 4
-    held = empty.jax()
-    empty.numpy()[...] = 3
-    del held
-
-
-def new_memory_at_an_old_address():
-    for _ in range(20):
-        b = filled()
-        held = b.jax()
-        b.update(plus_one)
-        del b
-        b = filled(3)
-        b.numpy()[0] = 7
-    del held
-
-
-def handles_made_and_used_inside():
-    kv = rlx.BufferHandle("late", (4, 16))
-    assert not kv.is_allocated
-    kv.numpy()[0] = 1
-    float(kv.jax().sum())
-    kv.torch()[0] = 2
-    kv.update(plus_one)
-    kv.close()
-
-
-def steps_that_swap_and_keep():
-    a, b = filled(1), filled(2)
-    pair = [a, b]
-    for _ in range(3):
-        held = rlx.views(pair, "jax")
-        rlx.update(pair, lambda t: [t[1], t[0]])
-        rlx.update(pair, lambda t: [t[1], t[0]], framework="numpy")
-        assert held[0].is_deleted()
-    new = jax.jit(lambda t: [t[1], t[0]], donate_argnums=0)(rlx.views(pair, "jax"))
-    rlx.commit(pair, new)
-    rlx.commit(pair, rlx.views(pair[::-1], "jax"))
-    a.numpy()[0] = 8
-
-
-def arrays_that_jax_passes_on():
-    b = filled()
-    n = b.numpy()
-    same = jax.jit(lambda x: x)(b.jax())
-    b.update(plus_one)
-    del same
-    n[0] = 3
-    x, y = jax.device_put((b.jax(), b.jax()))
-    del x, y
-    n[0] = 4
-    jax.block_until_ready(b.jax())
-    n[0] = 5
-    repr(b.jax()), hash(b), b.jax().tolist()
-    n[0] = 6
-    jax.vmap(jnp.sum)(b.jax()), jax.grad(lambda x: (x * b.torch().sum().item()).sum())(b.jax())
-    n[0] = 7
-
-
-LEGAL = [
-    read_then_write,
-    let_go_then_write,
-    let_go_in_a_function,
-    assign_from_its_own_view,
-    scopes_while_a_view_is_held,
-    every_write_of_the_driver_while_a_view_is_held,
-    parts,
-    trees,
-    drop_in_training,
-    training_with_torch,
-    decode_loop,
-    unordered_chain,
-    exceptions_in_blocks,
-    failing_program,
-    refused_fence,
-    lost_donation_that_is_overwritten,
-    garbage,
-    garbage_without_collector,
-    closing,
-    many_readers_in_threads,
-    reader_under_way,
-    callbacks,
-    modes_of_torch,
-    odd_sizes,
-    new_memory_at_an_old_address,
-    handles_made_and_used_inside,
-    steps_that_swap_and_keep,
-    arrays_that_jax_passes_on,
-]
 
 
 @pytest.mark.filterwarnings("error::rlx_driver.RaceWarning")
@@ -1146,7 +666,9 @@ def test_an_error_that_is_kept_keeps_no_view_that_only_the_driver_gave_to_a_step
 
 
 @pytest.mark.parametrize("drop", [True, False])
-def test_a_write_of_the_driver_that_comes_while_bytes_are_compared_is_no_race(kv, monkeypatch, drop):
+def test_a_write_of_the_driver_that_comes_while_bytes_are_compared_is_no_race(
+    kv, monkeypatch, drop
+):
     real = Watch.checksum
 
     def racing(watch):
@@ -1303,11 +825,11 @@ def test_watches_are_forgotten(kv):
 
 
 def test_the_rest_of_a_block_goes_on_after_a_race(kv):
-    with pytest.raises(rlx.RaceError), rlx.checking() as check:
+    with Finding() as check:
         held = kv.jax()
         kv.numpy()[0] = 1
         kv.update(plus_one)
-        assert "1 races" in repr(check)
+        assert len(check.races) == 1
         kv.numpy()[0] = 7
         assert float(kv.jax()[0, 0]) == 7
     del held
@@ -1387,9 +909,9 @@ def test_a_warning_that_is_an_error_leaves_everything_usable(kv):
 def test_an_inner_block_answers_for_its_own_views_and_passes_the_rest_on(kv):
     other = rlx.BufferHandle("other", 64)
     n = kv.numpy()
-    with pytest.raises(rlx.RaceError) as caught, rlx.checking() as outer:
+    with Finding() as outer:
         held = kv.jax()
-        with pytest.raises(rlx.RaceError), rlx.checking() as inner:
+        with Finding() as inner:
             mine = other.jax()
             other.numpy()[0] = 1
             n[0] = 1
@@ -1401,20 +923,20 @@ def test_an_inner_block_answers_for_its_own_views_and_passes_the_rest_on(kv):
         assert inner.races == []
         other.numpy()[0] = 2
     assert [race.label for race in outer.races] == ["handle 'kv'", "handle 'other'"]
-    assert caught.value.races == outer.races
+    assert outer.error.races == outer.races
     del held, mine, later
 
 
 def test_an_inner_race_that_leaves_both_blocks_is_told_once(kv):
     n = kv.numpy()
-    with pytest.raises(rlx.RaceError) as caught, rlx.checking() as outer:
+    with Finding() as outer:
         with rlx.checking() as inner:
             held = kv.jax()
             n[0] = 1
     assert outer.races == []
-    assert caught.value.races == inner.races
+    assert outer.error.races == inner.races
     assert len(inner.races) == 1
-    assert not hasattr(caught.value, "__notes__")
+    assert not hasattr(outer.error, "__notes__")
     del held
 
 
@@ -1437,6 +959,7 @@ def test_blocks_of_two_threads_may_end_in_any_order(kv):
 def test_a_block_is_entered_once_and_takes_two_words():
     with rlx.checking() as check:
         pass
+    assert repr(check) == "<checking, 0 found>"
     with pytest.raises(RuntimeError, match="another one"), check:
         pass
     with pytest.raises(ValueError, match="'raise' or 'warn'"):
@@ -1709,7 +1232,7 @@ def test_an_alias_that_does_not_share_is_not_used(monkeypatch):
 def test_counting_references_knows_a_view_that_was_let_go(kv, monkeypatch):
     monkeypatch.setattr(type(registry.get("jax")), "alias", lambda self, array: array)
     n = kv.numpy()
-    with pytest.raises(rlx.RaceError), rlx.checking() as check:
+    with Finding() as check:
         kv.jax()
         n[0] = 1
         kv.update(plus_one)
@@ -1744,7 +1267,7 @@ def test_a_write_by_torch_under_a_view_on_a_gpu(notice):
         t[0] = 2
         float(kv.jax().sum())
     assert check.races == []
-    with pytest.raises(rlx.RaceError, match="handle 'kv'") as caught, rlx.checking():
+    with Finding("handle 'kv'") as check:
         held = hand_out_jax(kv)
         hand_out_mutable(kv, "torch")[0] = 5
         if notice == "update":
@@ -1752,10 +1275,10 @@ def test_a_write_by_torch_under_a_view_on_a_gpu(notice):
         elif notice == "write":
             with kv.write("torch"):
                 pass
-    (race,) = caught.value.races
+    (race,) = check.races
     assert race.frameworks == ("jax", "torch")
     assert line_of(hand_out_jax) in str(race)
-    with pytest.raises(rlx.RaceError, match="went stale"), rlx.checking():
+    with Finding("went stale"):
         stale = kv.jax()
         kv.update(plus_one)
         stale + 1

@@ -695,3 +695,36 @@ def test_a_failed_program_does_not_leave_the_handle_on_freed_memory():
         """
     )
     assert out.startswith("failed")
+
+
+def test_memory_that_jax_owns_stays_when_a_result_is_copied_back():
+    region = rlx.HandleRegion("cpu", backend="jax")
+    h = region.create({"h": ((1 << 20,), "f32")})["h"]
+    n = h.numpy()
+    not_donating = jax.jit(lambda x: x + 1)
+    for count in range(1, 6):
+        h.jax()  # handed out, so that there is something to fence
+        h.update(not_donating)
+        others = [np.full(1 << 20, 77, np.float32) for _ in range(3)]  # in the memory, if freed
+        assert n[0] == n[-1] == count
+        assert h.jax().unsafe_buffer_pointer() == h.address
+        del others
+    h.update(lambda x: x * 2)
+    assert n[0] == 10
+    region.close()
+
+
+def test_memory_that_jax_owns_stays_when_another_output_takes_it():
+    region = rlx.HandleRegion("cpu", backend="jax")
+    h = region.create({"h": ((1 << 20,), "f32")})["h"]
+    n = h.numpy()
+    # An already jitted step that gives the look-alike first is the one that loses the memory.
+    swapped = jax.jit(lambda x: (x + 1, x * 3), donate_argnums=0)
+    for count in range(1, 4):
+        aux = h.update(swapped, has_aux=True)
+        others = [np.full(1 << 20, 77, np.float32) for _ in range(3)]
+        assert n[0] == n[-1] == count
+        assert float(aux[0]) == 3 * (count - 1)
+        assert h.jax().unsafe_buffer_pointer() == h.address
+        del others
+    region.close()

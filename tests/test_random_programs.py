@@ -56,6 +56,14 @@ def test_every_look_shows_what_came_before_it_and_nothing_later(program):
         assert not wrong, "\n".join([repr(program), *wrong])
 
 
+def test_longer_programs_than_hypothesis_makes():
+    """What `python -m benchmarks.random_programs` runs 2,000 of."""
+    for seed in range(200):
+        program = seeded(seed)
+        wrong = differences(program, Driver, place())
+        assert not wrong, "\n".join([f"seed {seed}", repr(program), *wrong])
+
+
 def test_the_same_programs_without_the_driver_go_wrong():
     wrong = 0
     for seed in range(100):

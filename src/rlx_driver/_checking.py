@@ -81,7 +81,7 @@ class Check:
         """Hear that an array is handed out."""
 
     def __repr__(self) -> str:
-        return f"<checking: {len(self.races)} races found>"
+        return f"<checking, {len(self.races)} found>"
 
 
 class _ProcessCheck(Check):

@@ -98,6 +98,7 @@ def land_elsewhere(
     ]
     moved = sum(buffer.byte_size for buffer, *_ in stray)
     lost = [lease.address for _, lease, old, _ in stray if _was_donated(lease, old)]
+    taken: dict[int, Any] = {}
     if not stray:
         pass  # arrays without elements lie nowhere
     elif not lost:
@@ -107,15 +108,19 @@ def land_elsewhere(
     else:
         # Donated, so there is no way back; another output may have taken the memory.
         ledger.count_copy(moved, "the result was not made in place")
-        aux = _moved_off(backend, aux, set(lost))
-    for buffer, lease, old, new in stray:
+        aux, taken = _moved_off(backend, aux, set(lost))
+        _require_memory(stray, taken)
+    for buffer, lease, _, new in stray:
         backend.wait(new)
         with buffer._backend.writing():
             value = exchange(new, buffer._backend.name, copy=None)
             buffer._backend.copy_across(buffer._native, value)
         buffer._access.order.keep(value)
-        if backend.is_dead(old):
-            lease.array = lease.handed = None
+        if lease.array is None or backend.is_dead(lease.array):
+            # The program was given it. Where the framework owned that memory, it is kept alive by
+            # the output that has it now, which shows the copied bytes.
+            lease.array = None if buffer._access.owner is None else taken.get(lease.address)
+            lease.handed = None
             buffer._access.handed.pop(lease, None)
         buffer._access.pending = None  # the copy came after it
         buffer._access.after_native()
@@ -136,14 +141,26 @@ def _was_donated(lease: Lease, old: Any) -> bool:
     return lease.array is not None and lease.is_dead(old)
 
 
-def _moved_off(backend: FunctionalBackend, aux: Any, taken: set[int]) -> Any:
-    """Copy every other output that took the memory of a buffer to memory of its own."""
+def _require_memory(stray: Sequence[Any], taken: dict[int, Any]) -> None:
+    """Raise where memory that the framework owned went with the array, to no output at all."""
+    for buffer, lease, old, _ in stray:
+        access = buffer._access
+        if access.owner is not None and _was_donated(lease, old) and lease.address not in taken:
+            access.state = "lost"
+            access.require_open()
+
+
+def _moved_off(
+    backend: FunctionalBackend, aux: Any, wanted: set[int]
+) -> tuple[Any, dict[int, Any]]:
+    """Copy every other output that took the memory of a buffer; give also those, by address."""
     leaves, structure = backend.flatten(aux)
-    moved = [
-        backend.duplicate(leaf)
-        if backend.owns(leaf) and leaf.size and backend.address(leaf) in taken
-        else leaf
+    taken = {
+        backend.address(leaf): leaf
         for leaf in leaves
-    ]
+        if backend.owns(leaf) and leaf.size and backend.address(leaf) in wanted
+    }
+    thieves = {id(leaf) for leaf in taken.values()}
+    moved = [backend.duplicate(leaf) if id(leaf) in thieves else leaf for leaf in leaves]
     backend.wait([leaf for leaf in moved if backend.owns(leaf)])
-    return backend.unflatten(structure, moved)
+    return backend.unflatten(structure, moved), taken

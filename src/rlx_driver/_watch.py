@@ -230,12 +230,14 @@ def used_in(error: BaseException, dead: list[Watch]) -> list[Watch]:
     Where no frame has one, all that somebody still holds.
     """
     backends = {watch.backend for watch in dead}
+    # Functions around the block still run. Before 3.13 a look at the variables of one would keep
+    # what is in them until it returns, and so views that it lets go of later.
+    keeps = sys.version_info < (3, 13)
+    running = {frame for frame, _ in traceback.walk_stack(None)} if keeps else set()
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if sys.version_info < (3, 13) and frames[0].f_code.co_flags & inspect.CO_OPTIMIZED:
-        # The function around the block still runs. To look at its variables would keep what is in
-        # them until it returns, and so views that it lets go of later.
-        frames = frames[1:]
     for frame in reversed(frames):
+        if frame in running and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+            continue
         found = [
             value
             for value in _values(frame)
