@@ -14,6 +14,7 @@ import jax.numpy as jnp  # noqa: E402
 
 from buffer_support import (  # noqa: E402
     address,
+    enter_and_leave,
     in_thread,
     is_intact,
     ones,
@@ -186,8 +187,8 @@ def test_handles_and_slices_are_leaves():
 CALLS = {
     "views": lambda tree: rlx.views(tree, "numpy"),
     "views jax": lambda tree: rlx.views(tree, "jax"),
-    "read": lambda tree: rlx.read(tree, "numpy").__enter__(),
-    "write": lambda tree: rlx.write(tree, "torch").__enter__(),
+    "read": lambda tree: enter_and_leave(rlx.read(tree, "numpy")),
+    "write": lambda tree: enter_and_leave(rlx.write(tree, "torch")),
     "update": lambda tree: rlx.update(tree, plus_one),
     "numpy update": lambda tree: rlx.update(tree, plus_one, framework="numpy"),
     "commit": lambda tree: rlx.commit(tree, jax.tree_util.tree_map(copied, tree)),
