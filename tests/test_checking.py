@@ -14,6 +14,7 @@ from rlx_driver import _hooks
 from rlx_driver._watch import Watch
 from rlx_driver.backends.base import accounting
 from rlx_driver.registry import registry
+from rlx_driver.testing import FakeDevice
 from support import must_run, python
 
 jax = pytest.importorskip("jax")
@@ -1223,7 +1224,7 @@ def test_an_alias_that_does_not_share_is_not_used(monkeypatch):
         lambda x: x.addressable_data(0),
         lambda x: x.no_such_thing,
     ):
-        monkeypatch.setattr(backend, "_aliases", None)
+        monkeypatch.setattr(backend, "_aliases", {})
         monkeypatch.setattr(module, broken)
         monkeypatch.setattr(arrays, broken)
         assert backend.alias(array) is array
@@ -1249,6 +1250,83 @@ def test_counting_references_knows_a_view_that_was_let_go(kv, monkeypatch):
         kv.update(plus_one)
         assert len(check.races) == 1
     del held
+
+
+# --- on a device with streams ----------------------------------------------------------------
+
+
+@pytest.fixture(params=["shared", "events", "host"])
+def fake(request):
+    with FakeDevice(order=request.param, on_host_wait="release") as fake:
+        yield fake
+
+
+def test_races_on_a_device_with_streams(fake):
+    b = rlx.Buffer.zeros(4, "f32", fake.device)
+    n = b.array("fake")
+    with Finding() as check:
+        for i, notice in enumerate(
+            [
+                lambda: b.update(plus_one, framework="fake_functional"),
+                lambda: b.update(plus_one, framework="fake"),
+                lambda: through(b.write("fake")),
+                lambda: b.copy_from(np.ones(4, np.float32)),
+                b.close,
+            ]
+        ):
+            assert len(check.races) == i
+            held = b.array("fake_functional")
+            n[0] = 100 * (i + 1)
+            notice()
+    assert {race.frameworks for race in check.races} == {
+        ("fake_functional", "unknown"),
+        ("fake_functional", "fake"),
+    }
+    assert len(check.races) == 5
+    del held
+
+
+def test_a_legal_program_on_a_device_with_streams(fake):
+    b, other = (rlx.Buffer.zeros(4, "f32", fake.device) for _ in range(2))
+    n = b.array("fake")
+    with rlx.checking() as check:
+        for i in range(4):
+            n[0] = i
+            b.array("fake_functional")
+            n[0] = i + 1
+            b.update(plus_one, framework="fake_functional")
+            n[1] = i
+            held = b.array("fake_functional")
+            with b.write("fake") as w:
+                w[2] = i
+            n[3] = i
+            held = b.array("fake_functional"), b[:2].array("fake_functional")
+            b.update(lambda x, y: x + y, other, framework="fake_functional")
+            b.copy_from(other)
+            b[0] = 3.0
+            with fake.stream("side"):
+                n = b.array("fake")
+                n[0] = 5
+                with rlx.read([b, other], "fake_functional"):
+                    pass
+                rlx.update([b, other], lambda t: [t[1], t[0]], framework="fake_functional")
+            b.to_host()
+    assert check.races == []
+    del held
+
+
+def test_the_fast_return_on_a_device_with_streams_is_off_in_a_block_alone():
+    with FakeDevice(on_host_wait="release") as fake:
+        b = rlx.Buffer.zeros(4, "f32", fake.device)
+        b.array("fake")
+        before = flags(b)
+        assert b._access.is_settled()
+        with rlx.checking():
+            assert not b._access.is_settled()
+            b.array("fake"), b.array("fake_functional")
+        b.array("fake")
+        assert b._access.is_settled()
+        assert flags(b) == before
 
 
 # --- on a GPU --------------------------------------------------------------------------------

@@ -23,6 +23,11 @@ def plus_one(x):
     return x + 1
 
 
+def entered(scope):
+    with scope as view:
+        return view
+
+
 def filled(value, shape=64):
     return rlx.Buffer.from_array(np.full(shape, value, np.float32), copy=True)
 
@@ -449,8 +454,8 @@ def test_an_unordered_update_is_settled_by_every_accessor():
         lambda b: b[256:].numpy(),
         lambda b: b.view("f32", (SIDE * SIDE,)).torch(),
         lambda b: rlx.views([b], "numpy")[0],
-        lambda b: b.read("torch").__enter__(),
-        lambda b: b.write("numpy").__enter__(),
+        lambda b: entered(b.read("torch")),
+        lambda b: entered(b.write("numpy")),
         lambda b: rlx.exchange(b, "numpy"),
         lambda b: rlx.exchange(b, "torch", copy=True),
         lambda b: np.array(b[-1, -1]),

@@ -128,6 +128,7 @@ class Watch:
         ours = _REFERENCES + others + (self.newest is self.origin)
         if access is not None:
             ours += sum(array is self.origin for _, array in access.retired)
+            ours += sum(lease.after is self.origin for lease in list(access.leases.values()))
         return sys.getrefcount(self.origin) > ours
 
     def was_given_away(self) -> bool:

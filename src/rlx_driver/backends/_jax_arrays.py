@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -111,10 +112,11 @@ def same_buffer(array: Any) -> Any:
     `device_put`, ``[:]`` and `addressable_data` will not do: they give the array itself, or one
     that it keeps.
     """
-    if array.committed:
-        return jax.make_array_from_single_device_arrays(array.shape, array.sharding, [array])
-    # The public way would commit it to its device. The constructor is private.
-    return type(array)(array.aval, array.sharding, [array], committed=False)
+    if not array.committed:
+        # The public way would commit it to its device. The constructor is private.
+        with contextlib.suppress(TypeError):
+            return type(array)(array.aval, array.sharding, [array], committed=False)
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, [array])
 
 
 def probe_alias(device: Any, fence: Callable[[list[Any]], list[Any]]) -> bool:

@@ -76,7 +76,7 @@ class JaxBackend(Lanes, StreamServices, FunctionalBackend):
         self._private = _jax_dlpack.probe()
         self._steps = StepCache()
         self._leases: dict[str, bool] = {}
-        self._aliases: bool | None = None
+        self._aliases: dict[str, bool] = {}
         self._lock = threading.Lock()
         self._cpu = jax.devices("cpu")[0]
         self._host_only = jax.default_backend() == "cpu"
@@ -376,9 +376,11 @@ class JaxBackend(Lanes, StreamServices, FunctionalBackend):
 
     def alias(self, array: Any) -> Any:
         """Give another array over the same buffer, where a probe has shown that it dies with it."""
-        if self._aliases is None:
-            self._aliases = probe_alias(self._cpu, self.fence)
-        return same_buffer(array) if self._aliases else array
+        place = next(iter(array.devices()))
+        known = self._aliases.get(place.platform)
+        if known is None:
+            known = self._aliases[place.platform] = probe_alias(place, self.fence)
+        return same_buffer(array) if known else array
 
     def is_about(self, error: BaseException, array: Any) -> bool:
         """Tell by its text; some errors name shape and dtype, and some nothing."""

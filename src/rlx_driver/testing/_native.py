@@ -96,8 +96,9 @@ class FakeArray:
 
     def reshape(self, shape: tuple[int, ...]) -> FakeArray:
         """See the elements in another shape, without a copy."""
-        values = self._values.view()
-        values.shape = shape  # raises where it would take a copy
+        values = self._values.reshape(shape)
+        if values.size and not np.may_share_memory(values, self._values):
+            raise ValueError(f"{self._values.shape} cannot be seen as {shape} without a copy")
         return self._part(values)
 
     def reinterpret(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> FakeArray:
