@@ -1100,6 +1100,24 @@ def test_a_copy_to_the_host_of_an_updated_buffer_waits_for_the_update_only(place
     assert b.to_host().numpy().tolist() == [2, 2]
 
 
+def test_a_copy_to_the_host_leaves_nothing_to_wait_for(place):
+    """It is done when the call returns: nobody has to wait for what the current stream holds."""
+    b, c = place.buffer([1, 1]), place.buffer([1, 1])
+    c.array(FUNCTIONAL)
+    place.fake.on_host_wait = "raise"
+    unrelated = place.fake.array(np.zeros(2))
+    place.here.hold()
+    unrelated.add_(1)
+    b.to_host()
+    with place.side:
+        with b.write(NATIVE) as view:
+            view.fill_(9)
+        c.to_host()
+        place.fake.array(np.zeros(2))
+    assert place.side.pending == ()
+    assert place.here.pending == ("add_",)
+
+
 def test_work_on_a_side_stream_does_not_wait_for_unrelated_programs(place):
     b, unrelated = place.buffer([1, 1]), place.buffer([0, 0])
     unrelated.array(FUNCTIONAL)

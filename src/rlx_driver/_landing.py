@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rlx_driver._exchange import exchange
+from rlx_driver._fence import fence
 from rlx_driver._ledger import ledger
-from rlx_driver.access import Access, Lease, fence
 from rlx_driver.errors import StaleViewError, UpdateFailedError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from rlx_driver.access import Access, Lease
     from rlx_driver.backends.base import FunctionalBackend
     from rlx_driver.buffer import Buffer
 

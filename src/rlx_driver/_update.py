@@ -7,13 +7,14 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from rlx_driver import _hooks, _locks
+from rlx_driver._fence import fence
 from rlx_driver._inputs import Inputs, static_positions
 from rlx_driver._landing import inside_trace, land_elsewhere, order_all_after
 from rlx_driver._ledger import ledger
 from rlx_driver._locks import acquire, release
 from rlx_driver._mutable import Structure, require_backend, update_mutable
 from rlx_driver._sharing import resolve, share_verified
-from rlx_driver.access import Access, Lease, fence, held_by_alias, tell, uncommitted
+from rlx_driver.access import Access, Lease, held_by_alias, tell, uncommitted
 from rlx_driver.backends.base import FunctionalBackend
 
 if TYPE_CHECKING:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rlx_driver._fence import fence
 from rlx_driver._locks import acquire, release
-from rlx_driver.access import Access, fence, written
+from rlx_driver.access import Access, written
 from rlx_driver.errors import CaptureError
 
 if TYPE_CHECKING:

@@ -9,9 +9,10 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from rlx_driver import _hooks
+from rlx_driver._fence import fence
 from rlx_driver._locks import acquire, release
 from rlx_driver._sharing import resolve
-from rlx_driver.access import Access, fence, written
+from rlx_driver.access import Access, written
 from rlx_driver.backends.base import Backend, FunctionalBackend
 from rlx_driver.errors import ZeroCopyError
 

@@ -9,9 +9,10 @@ import numpy as np
 
 from rlx_driver import _hooks, dtypes
 from rlx_driver._exchange import exchange
+from rlx_driver._fence import fence
 from rlx_driver._ledger import ledger
 from rlx_driver._locks import acquire, release
-from rlx_driver.access import Access, Lease, alive, fence, written
+from rlx_driver.access import Access, Lease, alive, written
 from rlx_driver.backends.base import ArrayFacts, Backend, FunctionalBackend
 from rlx_driver.errors import DTypeError, ShapeError, ZeroCopyError
 from rlx_driver.registry import registry
