@@ -109,12 +109,12 @@ class ViewsMixin:
         if (
             lease is not None
             and (array := lease.handed) is not None
-            and ((access := self._access).functional_ready or access.is_shared())
             and lease.clean()
             and not lease.is_dead(array)
-            and (access.functional_ready or self._is_current(lease))
         ):
-            return array
+            access = self._access
+            if access.functional_ready or (access.is_shared() and self._is_current(lease)):
+                return array
         return self.array("jax")
 
     def array(self, framework: str | ModuleType) -> Any:

@@ -104,7 +104,10 @@ class Runtime:
             free = [x for x in free if x is not donor]
         label = getattr(function, "__name__", "program")
         error = self.machine.failures.take("program")
-        return unflatten(made_as, self.launch(label, evaluate, arrays, shapes, donors, error))
+        in_place = not (donated and self.machine.failures.take("donate"))
+        launch = self.launch
+        made = launch(label, evaluate, arrays, shapes, donors, error=error, in_place=in_place)
+        return unflatten(made_as, made)
 
     def launch(
         self,
@@ -113,7 +116,9 @@ class Runtime:
         inputs: Sequence[FunctionalArray],
         shapes: Sequence[tuple[tuple[int, ...], np.dtype[Any]]],
         donors: Sequence[FunctionalArray | None],
+        *,
         error: Exception | None = None,
+        in_place: bool = True,
         device: Device | None = None,
         by_driver: bool = False,
     ) -> list[FunctionalArray]:
@@ -127,11 +132,12 @@ class Runtime:
         memories = [array.memory for array in inputs]
         targets = []
         for (shape, dtype), donor in zip(shapes, donors, strict=True):
-            memory = None if donor is None else self._donated(donor)
+            memory = _donated(donor) if donor is not None and in_place else None
             targets.append(memory or self._new_memory(device, shape, dtype, by_driver))
         for array in (*inputs, *(donor for donor in donors if donor is not None)):
             compute.wait_mark(array.definition.mark)
-        for memory in targets:
+        given = [donor.memory for donor in donors if donor is not None]
+        for memory in given:  # whether a result takes it or not
             while memory.readers:
                 compute.wait_mark(memory.readers.pop())
         defined = Definition()
@@ -156,12 +162,6 @@ class Runtime:
                 donor.delete()
         return [FunctionalArray(self, device, memory, defined) for memory in targets]
 
-    def _donated(self, donor: FunctionalArray) -> Memory | None:
-        memory = donor.memory
-        if memory.has_alias or not memory.can_be_donated:
-            return None
-        return None if self.machine.failures.take("donate") else memory
-
     def _new_memory(
         self, device: Device, shape: tuple[int, ...], dtype: np.dtype[Any], by_driver: bool
     ) -> Memory:
@@ -177,6 +177,11 @@ class Runtime:
             names = ", ".join(sorted(map(str, found)))
             raise ValueError(f"a program runs on one device; its arrays are on {names}")
         return found.pop()
+
+
+def _donated(donor: FunctionalArray) -> Memory | None:
+    memory = donor.memory
+    return memory if memory.can_be_donated and not memory.has_alias else None
 
 
 def _flattened(tree: Any) -> tuple[list[Any], list[Any]]:
