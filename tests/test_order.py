@@ -1127,7 +1127,6 @@ def test_a_copy_to_the_host_of_an_updated_buffer_waits_for_the_update_only(place
     assert b.to_host().numpy().tolist() == [2, 2]
 
 
-@pytest.mark.xfail(reason="it is noted as a reader on the current stream, where it did not run")
 def test_a_copy_to_the_host_leaves_nothing_to_wait_for(place):
     """It is done when the call returns: nobody has to wait for what the current stream holds."""
     b, c = place.buffer([1, 1]), place.buffer([1, 1])

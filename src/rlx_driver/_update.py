@@ -124,7 +124,7 @@ class UpdateMixin:
             except BaseException as error:
                 if lease.is_dead(old):
                     raise access.failed(lease, error) from error
-                lease.as_of = -1  # there is no result, and the array is as old as it was
+                lease.as_of = None  # there is no result, and the array is as old as it was
                 if backend.refuses_donation(error):
                     raise held_by_alias(access) from error
                 raise
@@ -215,7 +215,7 @@ def update_many(
             if lost:
                 raise lost[0] from error
             for lease in leases:
-                lease.as_of = -1
+                lease.as_of = None
             if target.refuses_donation(error):
                 raise held_by_alias(accesses[0]) from error
             raise

@@ -87,7 +87,7 @@ class Lease:
         self.alias: Callable[[], Any] = _nothing
         # On a device with streams: the writes of others that `array` comes after by itself, so
         # that a copy of it by another stream than the programs' sees them. See `Access.is_fresh`.
-        self.as_of = -1
+        self.as_of: int | None = None
         self.after: Any = None
         # Kept here for the hot path of `Buffer.jax`.
         self.is_dead = backend.is_dead
@@ -270,8 +270,8 @@ class Access:
         before = self.foreign_writes()
         self.version = version
         for lease in self.leases.values():
-            if lease.as_of == before:
-                lease.as_of = self.foreign_writes()
+            # A count of before may by chance be one of after, so it is not kept.
+            lease.as_of = self.foreign_writes() if lease.as_of == before else None
 
     def foreign_writes(self) -> int:
         """Count writes that functional arrays made before do not come after by themselves.

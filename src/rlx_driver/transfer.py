@@ -167,8 +167,9 @@ def _put(
                 value.buffer._access.order.keep(array)
         for access in dict.fromkeys(value.buffer._access for value in moved):
             access.after_native()
-        for access in reads:
-            access.after_native(wrote=False)
+        if any(not value.buffer.device.is_host for value in moved):  # else they are done
+            for access in reads:
+                access.after_native(wrote=False)
         written(writes)
         for buffer, x, lease in adopted:
             _adopt(buffer._access, x, lease)
