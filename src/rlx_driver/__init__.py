@@ -14,17 +14,22 @@ from rlx_driver.device import Device, MemoryInfo, available_devices
 from rlx_driver.dtypes import DTypeInfo, dtype
 from rlx_driver.errors import (
     AccessTimeoutError,
+    ArenaCorruptionError,
+    CapacityError,
     CaptureError,
     ClosedHandleError,
     DeviceUnavailableError,
     DriverError,
     DTypeError,
     DuplicateError,
+    LeakError,
     OutOfDeviceMemory,
+    PlanError,
     RaceError,
     RaceWarning,
     RecompilationWarning,
     ShapeError,
+    SnapshotError,
     StaleViewError,
     StreamError,
     UnboundNameError,
@@ -35,6 +40,7 @@ from rlx_driver.errors import (
 from rlx_driver.events import DeviceEvent, Event, HostEvent
 from rlx_driver.graph import CommandGraph
 from rlx_driver.handle import BufferHandle, HandleRegion, open_handles
+from rlx_driver.interval import Interval
 from rlx_driver.registry import register_backend
 from rlx_driver.stream import CommandStream, JaxStream, SyncStream, TorchStream, command_stream
 from rlx_driver.tree import commit, read, update, views, write
@@ -44,9 +50,11 @@ __version__ = "0.1.0"
 __all__ = [
     # errors
     "AccessTimeoutError",
+    "ArenaCorruptionError",
     # memory
     "Buffer",
     "BufferHandle",
+    "CapacityError",
     "CaptureError",
     "ClosedHandleError",
     # order
@@ -65,15 +73,20 @@ __all__ = [
     "Explanation",
     "HandleRegion",
     "HostEvent",
+    # memory plans
+    "Interval",
     "JaxStream",
+    "LeakError",
     "MemoryInfo",
     "OutOfDeviceMemory",
+    "PlanError",
     # races
     "Race",
     "RaceError",
     "RaceWarning",
     "RecompilationWarning",
     "ShapeError",
+    "SnapshotError",
     "StaleViewError",
     "StreamError",
     "SyncStream",

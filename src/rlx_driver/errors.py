@@ -14,17 +14,22 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AccessTimeoutError",
+    "ArenaCorruptionError",
+    "CapacityError",
     "CaptureError",
     "ClosedHandleError",
     "DTypeError",
     "DeviceUnavailableError",
     "DriverError",
     "DuplicateError",
+    "LeakError",
     "OutOfDeviceMemory",
+    "PlanError",
     "RaceError",
     "RaceWarning",
     "RecompilationWarning",
     "ShapeError",
+    "SnapshotError",
     "StaleViewError",
     "StreamError",
     "UnboundNameError",
@@ -68,6 +73,26 @@ class ClosedHandleError(DriverError, ValueError):
 
 class OutOfDeviceMemory(DriverError, MemoryError):  # noqa: N818 - the contract's name
     """An allocation is larger than the memory that is left on its device."""
+
+
+class PlanError(DriverError, ValueError):
+    """Intervals that make no sense together, or offsets that do not keep them apart."""
+
+
+class CapacityError(PlanError, OutOfDeviceMemory):
+    """No plan was found within the capacity; the text shows the peak and who is alive at it."""
+
+
+class ArenaCorruptionError(DriverError, RuntimeError):
+    """A debug arena found bytes changed that nobody was to write."""
+
+
+class SnapshotError(DriverError, ValueError):
+    """A file is no snapshot, is damaged, or does not fit what it is loaded into."""
+
+
+class LeakError(DriverError, AssertionError):
+    """Memory that was made inside `no_leaks` was still open at its end."""
 
 
 class StaleViewError(DriverError, RuntimeError):
