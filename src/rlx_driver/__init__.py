@@ -8,9 +8,14 @@ from rlx_driver._checking import check_as_asked as _check_as_asked
 from rlx_driver._checking import checking
 from rlx_driver._exchange import Explanation, exchange, explain
 from rlx_driver._ledger import ledger, no_copies
+from rlx_driver._memory import no_leaks, trace_memory
+from rlx_driver._memory_report import memory_report, reset_peak_memory
+from rlx_driver._memory_values import DeviceMemory, MemoryEntry, MemoryReport, RegionMemory
 from rlx_driver._races import Race
+from rlx_driver.arena import Arena
 from rlx_driver.buffer import Buffer
 from rlx_driver.device import Device, MemoryInfo, available_devices
+from rlx_driver.device_arena import DeviceArena
 from rlx_driver.dtypes import DTypeInfo, dtype
 from rlx_driver.errors import (
     AccessTimeoutError,
@@ -41,15 +46,20 @@ from rlx_driver.events import DeviceEvent, Event, HostEvent
 from rlx_driver.graph import CommandGraph
 from rlx_driver.handle import BufferHandle, HandleRegion, open_handles
 from rlx_driver.interval import Interval
+from rlx_driver.live_ranges import intervals_from_fx, intervals_from_jaxpr
+from rlx_driver.plan import MemoryPlan, plan_memory
 from rlx_driver.registry import register_backend
 from rlx_driver.stream import CommandStream, JaxStream, SyncStream, TorchStream, command_stream
 from rlx_driver.tree import commit, read, update, views, write
+from rlx_driver.typed_io import read_typed_to_f32, write_typed_from_f32
 
 __version__ = "0.1.0"
 
 __all__ = [
     # errors
     "AccessTimeoutError",
+    # arenas
+    "Arena",
     "ArenaCorruptionError",
     # memory
     "Buffer",
@@ -64,7 +74,10 @@ __all__ = [
     # devices and dtypes
     "DTypeInfo",
     "Device",
+    "DeviceArena",
     "DeviceEvent",
+    # memory accounting
+    "DeviceMemory",
     "DeviceUnavailableError",
     "DriverError",
     "DuplicateError",
@@ -77,7 +90,10 @@ __all__ = [
     "Interval",
     "JaxStream",
     "LeakError",
+    "MemoryEntry",
     "MemoryInfo",
+    "MemoryPlan",
+    "MemoryReport",
     "OutOfDeviceMemory",
     "PlanError",
     # races
@@ -85,6 +101,7 @@ __all__ = [
     "RaceError",
     "RaceWarning",
     "RecompilationWarning",
+    "RegionMemory",
     "ShapeError",
     "SnapshotError",
     "StaleViewError",
@@ -103,14 +120,24 @@ __all__ = [
     "dtype",
     "exchange",
     "explain",
+    "intervals_from_fx",
+    "intervals_from_jaxpr",
     "ledger",
+    "memory_report",
     "no_copies",
+    "no_leaks",
     "open_handles",
+    "plan_memory",
     "read",
+    # typed I/O
+    "read_typed_to_f32",
     "register_backend",
+    "reset_peak_memory",
+    "trace_memory",
     "update",
     "views",
     "write",
+    "write_typed_from_f32",
 ]
 
 _check_as_asked()

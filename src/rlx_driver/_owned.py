@@ -6,17 +6,22 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rlx_driver.access import Lease
-from rlx_driver.backends.base import ArrayFacts, accounting, row_major_strides
-from rlx_driver.errors import ZeroCopyError
+from rlx_driver.backends.base import (
+    ArrayFacts,
+    FunctionalBackend,
+    accounting,
+    row_major_strides,
+)
+from rlx_driver.errors import DeviceUnavailableError, ZeroCopyError
 from rlx_driver.registry import registry
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from rlx_driver.backends.base import Backend, FunctionalBackend
+    from rlx_driver.backends.base import Backend
     from rlx_driver.device import Device
 
-__all__ = ["Owner", "make_owned"]
+__all__ = ["Owner", "make_owned", "owning_backend"]
 
 
 class Owner:
@@ -25,6 +30,29 @@ class Owner:
     def __init__(self, lease: Lease) -> None:
         self.lease = lease
         self.remains: Any = None  # a failed result that still holds the memory
+
+
+def owning_backend(device: Device, name: str | None) -> Backend:
+    """Give the backend whose framework owns memory on a device; None: the device's native one.
+
+    Raises
+    ------
+    DeviceUnavailableError
+        When that framework owns no memory there.
+    """
+    if name is None:
+        return device.backend
+    backend = registry.get(name)
+    if not isinstance(backend, FunctionalBackend):
+        if backend is device.backend:
+            return backend
+        raise DeviceUnavailableError(
+            f"{backend.name} owns no memory of the driver on {device}: leave backend= out, or name "
+            "one that updates memory of its own, such as 'jax'"
+        )
+    if device not in backend.devices(device.kind):
+        raise DeviceUnavailableError(f"{backend.name} does not see {device}")
+    return backend
 
 
 def make_owned(

@@ -115,6 +115,7 @@ class Access:
         "fast",
         "functional_ready",
         "handed",
+        "keeper",
         "label",
         "leases",
         "lock",
@@ -138,6 +139,7 @@ class Access:
 
     def __init__(self, label: str, order: Order) -> None:
         self.label = label
+        self.keeper: str | None = None  # who alone may close it: the arena it is part of
         self.order = order
         self.synchronous = order.synchronous
         self.fast = order.synchronous  # whether the cached views need no look at the order
@@ -172,6 +174,12 @@ class Access:
                 f"{self.label} is closed. Views taken before stay valid as long as you hold "
                 "them; make a new buffer or handle to go on"
             )
+        if self.state == "stale":
+            raise StaleViewError(
+                f"{self.label} was taken before {self.keeper} was reset or planned anew: ask the "
+                "arena for it again. NumPy and torch views taken before show whatever lies there "
+                "now"
+            )
         if self.state == "lost":
             raise UpdateFailedError(
                 f"{self.label} lost its memory, which its framework owned, to a program that "
@@ -190,9 +198,9 @@ class Access:
         self.native_ready = free and settled and self.pending is None
         self.functional_ready = free and (settled or self.quiet)
 
-    def close(self) -> None:
+    def close(self, state: str = "closed") -> None:
         """Let go of everything; views outside keep what they need. The caller holds it."""
-        self.state = "closed"
+        self.state = state
         self.leases.clear()
         self.handed.clear()
         self.retired.clear()

@@ -10,14 +10,15 @@ from rlx_driver import _hooks, dtypes
 from rlx_driver._exchange import exchange
 from rlx_driver._ledger import ledger
 from rlx_driver._locks import acquire, release
+from rlx_driver._memory import register_array, register_buffer
 from rlx_driver._owned import make_owned
 from rlx_driver._slices import SlicesMixin, byte_size, shape_of
 from rlx_driver._update import UpdateMixin
 from rlx_driver._views import ViewsMixin
 from rlx_driver.access import Access, Lease
-from rlx_driver.backends.base import FunctionalBackend
+from rlx_driver.backends.base import FunctionalBackend, accounting
 from rlx_driver.device import Device
-from rlx_driver.errors import ShapeError, ZeroCopyError
+from rlx_driver.errors import ShapeError, StaleViewError, ZeroCopyError
 from rlx_driver.interop import InteropMixin
 from rlx_driver.registry import registry
 from rlx_driver.scopes import ReadScope, WriteScope
@@ -165,13 +166,15 @@ class Buffer(ViewsMixin, UpdateMixin, SlicesMixin, TransferMixin, InteropMixin):
         place = Device(device)
         backend = place.backend
         if isinstance(backend, FunctionalBackend):
-            native, native_backend, owner = make_owned(backend, place, shape, dt)
+            owned, made = accounting.record(make_owned, backend, place, shape, dt)
+            native, native_backend, owner = owned
             self = cls._adopt(native, native_backend)
             self._access.owner = owner
             self._adopt_lease(owner.lease)
-            return self
-        memory = backend.allocate(place, byte_size(shape, dt))
-        return cls._adopt(backend.view(memory, 0, shape, dt), backend)
+        else:
+            memory, made = accounting.record(backend.allocate, place, byte_size(shape, dt))
+            self = cls._adopt(backend.view(memory, 0, shape, dt), backend)
+        return register_buffer(self, self._facts, made)
 
     @classmethod
     def empty(
@@ -231,7 +234,7 @@ class Buffer(ViewsMixin, UpdateMixin, SlicesMixin, TransferMixin, InteropMixin):
                     )
                 ledger.will_copy(facts.byte_size, f"{reason} (to a Buffer)")
                 native = backend.duplicate(native)
-        return cls._adopt(native, backend)
+        return register_array(cls._adopt(native, backend), backend, native, x, copy)
 
     @classmethod
     def from_bytes(
@@ -375,9 +378,19 @@ class Buffer(ViewsMixin, UpdateMixin, SlicesMixin, TransferMixin, InteropMixin):
 
         Blocks until scopes of other threads are left. Any later access, by a slice too, raises
         `ClosedHandleError`.
+
+        Raises
+        ------
+        StaleViewError
+            For a slot of an arena, which has no memory of its own to give up.
         """
         if self._access.state == "closed":
             return
+        if self._access.keeper is not None:
+            raise StaleViewError(
+                f"{self._access.label} is not for a slot to give up: close the arena. Nothing was "
+                "closed"
+            )
         taken = [self._access]
         acquire(taken)
         checker = _hooks.checker

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from rlx_driver import dtypes
-from rlx_driver._owned import Owner, make_owned
+from rlx_driver._memory import Maker, common_pool, register
+from rlx_driver._owned import Owner, make_owned, owning_backend
 from rlx_driver._slices import shape_of
 from rlx_driver.access import Access
-from rlx_driver.backends.base import ALIGNMENT, Backend, FunctionalBackend
+from rlx_driver.backends.accounting import Allocation, Pool
+from rlx_driver.backends.base import ALIGNMENT, Backend, FunctionalBackend, accounting
 from rlx_driver.buffer import Buffer
 from rlx_driver.device import Device
 from rlx_driver.errors import (
@@ -23,7 +25,6 @@ from rlx_driver.errors import (
     ShapeError,
     UnboundNameError,
 )
-from rlx_driver.registry import registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, MutableMapping
@@ -74,7 +75,9 @@ class BufferHandle(Buffer):
     >>> kv.close()
     """
 
-    __slots__ = ("_materialising", "_name", "_region", "_slot")
+    __slots__ = ("_maker", "_materialising", "_name", "_region", "_slot")
+
+    _maker: Maker
 
     def __init__(
         self,
@@ -85,19 +88,20 @@ class BufferHandle(Buffer):
         device: Device | str | None = None,
         region: HandleRegion | None = None,
     ) -> None:
-        place = Device(device) if device is not None else region.device if region else Device()
+        inherited = Device() if region is None else region.device  # an empty region is falsy
+        place = inherited if device is None else Device(device)
         if region is not None and place != region.device:
             raise DeviceUnavailableError(
                 f"handle {name!r} was asked for on {place} in a region on {region.device}"
             )
         self._start(name, shape_of(shape), dtypes.info(dtype).dtype, place)
         if region is None:
-            self._region = HandleRegion(place)
-            self._region._label = f"own region of {name!r}"
+            region = object.__new__(HandleRegion)
+            pool = common_pool("handles", place)
+            region._begin(place, f"own region of {name!r}", None, pool)
             # Weakly: nobody else asks this region for the handle, and a cycle would keep it.
-            self._region._handles = weakref.WeakValueDictionary()
-        else:
-            self._region = region
+            region._handles = weakref.WeakValueDictionary()
+        self._region = region
         self._region._add({name: self})
 
     def _start(self, name: str, shape: tuple[int, ...], dt: np.dtype[Any], device: Device) -> None:
@@ -205,11 +209,19 @@ class HandleRegion:
     """
 
     def __init__(self, device: Device | str = "cpu", *, backend: str | None = None) -> None:
-        self._device = Device(device)
+        place = Device(device)
+        label = f"region on {place}"
+        pool = Pool("region", label if backend is None else f"{label} of {backend}", place)
+        self._begin(place, label, backend, pool)
+        register(self, "region", pool.label, pool)
+
+    def _begin(self, device: Device, label: str, backend: str | None, pool: Pool) -> None:
+        self._device = device
         self._backend_name = backend
-        self._label = f"region on {self._device}"
+        self._label = label
         self._lock = threading.RLock()
         self._handles: MutableMapping[str, BufferHandle] = {}
+        self._pool = pool  # where its memory is counted
         self._closed = False
 
     @property
@@ -220,14 +232,7 @@ class HandleRegion:
     @property
     def backend(self) -> Backend:
         """The backend whose framework owns the memory."""
-        if self._backend_name is None:
-            return self._device.backend
-        backend = registry.get(self._backend_name)
-        if not isinstance(backend, FunctionalBackend):
-            return self._device.backend if backend is self._device.backend else _foreign(backend)
-        if self._device not in backend.devices(self._device.kind):
-            raise DeviceUnavailableError(f"{backend.name} does not see {self._device}")
-        return backend
+        return owning_backend(self._device, self._backend_name)
 
     @property
     def byte_size(self) -> int:
@@ -277,7 +282,10 @@ class HandleRegion:
                 size = dt.itemsize * int(np.prod(shape, dtype=np.int64))
                 end += -(-size // ALIGNMENT) * ALIGNMENT
             functional = isinstance(backend, FunctionalBackend)
-            memory = None if functional else backend.allocate(self._device, end)
+            memory = None
+            allocations: list[Allocation] = []
+            if not functional:
+                memory, allocations = accounting.record(backend.allocate, self._device, end)
             made: dict[str, BufferHandle] = {}
             for name, (shape, dt) in checked.items():
                 handle = object.__new__(BufferHandle)
@@ -286,6 +294,8 @@ class HandleRegion:
                 handle._slot = None if memory is None else (memory, offsets[name])
                 made[name] = handle
             self._add(made)
+            for allocation in allocations:
+                allocation.claim([handle._maker for handle in made.values()], self._pool)
             try:
                 for handle in made.values():
                     handle._materialise()
@@ -345,6 +355,8 @@ class HandleRegion:
     def _add(self, handles: Mapping[str, BufferHandle]) -> None:
         with self._lock:
             self._require_free(handles)
+            for name, handle in handles.items():
+                handle._maker = register(handle, "handle", name, self._pool, handle._facts)
             self._handles.update(handles)
 
     def _remove(self, handle: BufferHandle) -> None:
@@ -357,19 +369,19 @@ class HandleRegion:
         backend = self.backend
         shape, dt = handle.shape, handle.dtype
         if isinstance(backend, FunctionalBackend):
-            handle._live(*make_owned(backend, self._device, shape, dt))
+            owned, made = accounting.record(make_owned, backend, self._device, shape, dt)
+            handle._maker.claim(made)
+            handle._live(*owned)
             return
         if handle._slot is None:
             size = dt.itemsize * int(np.prod(shape, dtype=np.int64))
-            memory, offset = backend.allocate(self._device, size), 0
+            memory, made = accounting.record(backend.allocate, self._device, size)
+            handle._maker.claim(made)
+            offset = 0
         else:
             memory, offset = handle._slot
             handle._slot = None
         handle._live(backend.view(memory, offset, shape, dt), backend)
-
-
-def _foreign(backend: Backend) -> Backend:
-    raise DeviceUnavailableError(f"{backend.name} owns no memory for regions")
 
 
 def open_handles() -> list[BufferHandle]:

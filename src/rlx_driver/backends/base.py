@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from rlx_driver._casts import read_cast, write_cast
 from rlx_driver.backends.accounting import accounting, require_memory
 from rlx_driver.backends.facts import ArrayFacts, Obstacle, row_major_strides
 from rlx_driver.backends.order import Order, Recording
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
 
+    from rlx_driver._casts_numpy import Kernel
     from rlx_driver.device import Device, MemoryInfo
 
     Lane = Callable[[Any], Any]
@@ -58,6 +60,8 @@ class Backend(ABC):
     kinds: ClassVar[tuple[str, ...]]
     """Device kinds on which it allocates for the driver."""
     functional: ClassVar[bool] = False
+    has_views: ClassVar[bool] = True
+    """Whether parts of its memory can be seen without a copy."""
     plain_arguments: frozenset[type] = frozenset()
     """Types of arguments that a step may take as they are; an optimisation."""
     """Whether its arrays are immutable: it is a `FunctionalBackend`."""
@@ -126,6 +130,57 @@ class Backend(ABC):
         else:
             self.copy_across(destination, source)
 
+    # --- typed I/O ---------------------------------------------------------------------------
+
+    def write_f32(self, destination: Any, dtype: np.dtype[Any], source: Any) -> None:
+        """Convert float32 values to a dtype and write the bytes.
+
+        Parameters
+        ----------
+        destination
+            An array of this framework: one axis of uint8, contiguous, with exactly
+            ``source.size * dtype.itemsize`` bytes at any address.
+        dtype
+            One of `rlx_driver.dtypes.TABLE`.
+        source
+            A C-contiguous float32 array of the host, or of this framework; it may overlap.
+
+        Notes
+        -----
+        What becomes of the values is said by `rlx_driver.write_typed_from_f32`. Blocks until
+        `source` may be changed.
+        """
+        values = source if isinstance(source, np.ndarray) else self.copy_out(source)
+        raw = np.empty(values.size * dtype.itemsize, np.uint8)
+        write_cast(raw, dtype, values.reshape(-1))
+        self.copy_in(destination, raw)
+
+    def read_f32(self, source: Any, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+        """Convert bytes of a dtype to a new float32 array of the host.
+
+        Parameters
+        ----------
+        source
+            An array of this framework: one axis of uint8, contiguous, a whole number of elements.
+        dtype
+            One of `rlx_driver.dtypes.TABLE`.
+
+        Notes
+        -----
+        Blocks until the values are there.
+        """
+        raw = self.copy_out(source)
+        out = np.empty(raw.size // dtype.itemsize, np.float32)
+        read_cast(raw, dtype, out)
+        return out
+
+    def host_casts(self, dtype: np.dtype[Any]) -> tuple[Kernel | None, Kernel | None]:
+        """Give kernels of this framework (float32 to a dtype, and back) for memory of the host.
+
+        None where it has none, or where what it gives is not what ml_dtypes gives.
+        """
+        return None, None
+
     # --- exchange ----------------------------------------------------------------------------
 
     @abstractmethod
@@ -145,6 +200,13 @@ class Backend(ABC):
 
         Conjugate and negative bits are resolved, gradients detached.
         """
+
+    def memory_owner(self, array: Any) -> Any | None:
+        """Give what every array over the memory of one keeps alive, so that it can be counted.
+
+        It is asked of arrays that the driver has copied into. None: the driver cannot count them.
+        """
+        return None
 
     def lane_from(self, source: str) -> Lane | None:
         """Give the fast way in for everyday arrays of another framework, if there is one.
@@ -274,6 +336,15 @@ class FunctionalBackend(Backend):
     @abstractmethod
     def owned(self, device: Device, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """Allocate an array of zero bytes that the framework owns."""
+
+    def put(self, memory: Any, byte_offset: int, value: np.ndarray[Any, Any]) -> Any:
+        """Put host bytes in a byte array, by donation; gives the array that now holds them.
+
+        Unless a framework does better, this goes by a copy of the whole.
+        """
+        host = self.copy_out(memory)
+        host[byte_offset : byte_offset + value.size] = value
+        return self.copy_in(memory, host)
 
     @abstractmethod
     def address(self, array: Any) -> int:

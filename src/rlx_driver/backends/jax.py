@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -57,6 +58,11 @@ def _replaced(old: Any, new: Any) -> Any:
 
 
 _replace = jax.jit(_replaced, donate_argnums=0, keep_unused=True)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(memory: Any, value: Any, start: Any) -> Any:
+    return jax.lax.dynamic_update_slice(memory, value, (start,))
 
 
 class JaxBackend(Lanes, StreamServices, FunctionalBackend):
@@ -226,6 +232,14 @@ class JaxBackend(Lanes, StreamServices, FunctionalBackend):
         """Put an array in the memory of another; returns the one that now holds it."""
         place = next(iter(destination.devices()))
         return _replace(destination, jax.device_put(source, place))
+
+    def put(self, memory: Any, byte_offset: int, value: np.ndarray[Any, Any]) -> Any:
+        """Put host bytes in a byte array, in its own memory."""
+        # Under x64, for an offset may lie beyond 2 GiB. A private copy: see `copy_in`.
+        with jax.enable_x64(True):
+            place = next(iter(memory.devices()))
+            part = jax.device_put(np.array(value), place)
+            return _put(memory, part, np.int64(byte_offset))
 
     # --- exchange
 

@@ -10,6 +10,7 @@ import array_api_compat.numpy
 import numpy as np
 
 from rlx_driver import dlpack
+from rlx_driver._casts import read_cast, write_cast
 from rlx_driver.backends._numpy_pointer import pointer
 from rlx_driver.backends.base import (
     ALIGNMENT,
@@ -114,6 +115,18 @@ class NumpyBackend(Backend):
         """Copy between two arrays."""
         self.copy_in(destination, source)
 
+    def write_f32(
+        self, destination: np.ndarray[Any, Any], dtype: np.dtype[Any], source: Any
+    ) -> None:
+        """Convert values straight into the memory."""
+        write_cast(destination, dtype, source.reshape(-1))
+
+    def read_f32(self, source: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+        """Convert straight out of the memory."""
+        out = np.empty(source.size // dtype.itemsize, np.float32)
+        read_cast(source, dtype, out)
+        return out
+
     def obstacle(self, facts: ArrayFacts) -> Obstacle | None:
         """NumPy takes any strides, alignment and dtype of the table, on the host."""
         if not facts.device.is_host:
@@ -135,6 +148,12 @@ class NumpyBackend(Backend):
         fresh = np.ndarray(array.shape, array.dtype, buffer=raw, offset=start)
         np.copyto(fresh, array, casting="no")
         return fresh
+
+    def memory_owner(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Give the first array over the memory; NumPy's views refer to that one."""
+        while isinstance(array.base, np.ndarray):
+            array = array.base
+        return array
 
     def exporter(self, array: np.ndarray[Any, Any]) -> dlpack.HostExporter:
         """Wrap an array so that narrow floats go out as what they are."""

@@ -48,6 +48,7 @@ class OwnedMemory(Backend):
     name: ClassVar[str] = "owned"
     packages: ClassVar[tuple[str, ...]] = ()
     kinds: ClassVar[tuple[str, ...]] = ()
+    has_views: ClassVar[bool] = False
 
     def __init__(self, owner: FunctionalBackend) -> None:
         self._owner = owner

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from rlx_driver.backends._numpy_pointer import pointer
-from rlx_driver.backends._torch_streams import DEVICE_TYPE, GPU_KIND, StreamServices, place_of
+from rlx_driver.backends._torch_streams import DEVICE_TYPE, GPU_KIND, place_of
 from rlx_driver.backends._torch_tensors import (
     CARRIER,
     EVERYDAY,
@@ -25,10 +25,10 @@ from rlx_driver.backends._torch_tensors import (
     tensor_of_numpy,
     torch_obstacle,
 )
+from rlx_driver.backends._torch_typed import TypedServices, require_no_capture
 from rlx_driver.backends.base import (
     ALIGNMENT,
     ArrayFacts,
-    Backend,
     Obstacle,
     Order,
     accounting,
@@ -38,7 +38,7 @@ from rlx_driver.backends.base import (
 from rlx_driver.backends.stream_order import StreamOrder
 from rlx_driver.device import Device, MemoryInfo
 from rlx_driver.dtypes import info
-from rlx_driver.errors import CaptureError, OutOfDeviceMemory, UnknownFrameworkError, ZeroCopyError
+from rlx_driver.errors import OutOfDeviceMemory, UnknownFrameworkError, ZeroCopyError
 from rlx_driver.registry import registry
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def probe_increment(
     return torch.autograd.graph.increment_version
 
 
-class TorchBackend(StreamServices, Backend):
+class TorchBackend(TypedServices):
     """torch tensors; work on a GPU is ordered by torch's current stream."""
 
     name: ClassVar[str] = "torch"
@@ -167,7 +167,7 @@ class TorchBackend(StreamServices, Backend):
     def copy_in(self, destination: torch.Tensor, source: np.ndarray[Any, Any]) -> None:
         """Copy host memory into a tensor in place, on the current stream; blocks."""
         if destination.is_cuda:
-            _require_no_capture("a copy from the host")
+            require_no_capture("a copy from the host")
         self.copy_across(destination, self.share(source, _host_facts(source)))
 
     def enqueue_copy(self, destination: torch.Tensor, source: Any) -> None:
@@ -175,7 +175,7 @@ class TorchBackend(StreamServices, Backend):
         if not destination.is_cuda:
             super().enqueue_copy(destination, source)
             return
-        _require_no_capture("a copy from the host")
+        require_no_capture("a copy from the host")
         if isinstance(source, np.ndarray):
             source = self.share(source, _host_facts(source))
         with torch.no_grad():
@@ -186,7 +186,7 @@ class TorchBackend(StreamServices, Backend):
     def copy_out(self, array: torch.Tensor) -> np.ndarray[Any, Any]:
         """Copy a tensor to new host memory; blocks until it is there."""
         if array.is_cuda:
-            _require_no_capture("a copy to the host")
+            require_no_capture("a copy to the host")
         # reshape: a zero-stride or transposed tensor becomes compact on its device first
         plain = array.detach().resolve_conj().resolve_neg().contiguous()
         return self.numpy_of(plain.to("cpu", copy=True))
@@ -285,6 +285,10 @@ class TorchBackend(StreamServices, Backend):
         fresh = torch.empty(plain.shape, dtype=plain.dtype, device=plain.device)
         return fresh.copy_(plain)
 
+    def memory_owner(self, array: torch.Tensor) -> Any:
+        """Give the storage."""
+        return array.untyped_storage()
+
     def is_concrete(self, view: torch.Tensor) -> bool:
         """Tell whether a view is a plain tensor: no fake one, none of a transform."""
         return type(view) is torch.Tensor and not is_wrapped(view)
@@ -348,14 +352,6 @@ class TorchBackend(StreamServices, Backend):
         from rlx_driver.stream import SyncStream, TorchStream
 
         return SyncStream() if device.is_host else TorchStream(device, side=side, order=order)
-
-
-def _require_no_capture(what: str) -> None:
-    if torch.cuda.is_current_stream_capturing():
-        raise CaptureError(
-            f"{what} was asked for inside a capture, where the host cannot take part: do it before "
-            "or after. Nothing was changed"
-        )
 
 
 def _normal_mode() -> AbstractContextManager[Any]:

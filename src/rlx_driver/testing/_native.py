@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import numpy as np
 
-from rlx_driver.backends.base import ArrayFacts, Backend, Obstacle, Order
+from rlx_driver.backends.base import ArrayFacts, Backend, Obstacle, Order, accounting
 from rlx_driver.backends.stream_order import StreamOrder
 from rlx_driver.testing._arrays import FunctionalArray
 from rlx_driver.testing._streams import StreamsMixin
@@ -274,6 +274,7 @@ class FakeBackend(StreamsMixin, Backend):
         """Allocate bytes, which work on the current stream sets to zero."""
         self._machine.failures.check("allocate")
         memory = new_array(self._machine, device, (nbytes,), np.uint8, by_driver=True)
+        accounting.add(device, nbytes, self.memory_owner(memory))
         return memory.fill_(0)
 
     def view(
@@ -324,6 +325,10 @@ class FakeBackend(StreamsMixin, Backend):
     def duplicate(self, array: FakeArray) -> FakeArray:
         """Copy to new compact memory, on the current stream."""
         return array.clone()
+
+    def memory_owner(self, array: FakeArray) -> object:
+        """Give what all arrays of one allocation hold."""
+        return array._owner
 
     def reinterpret(
         self, view: FakeArray, dtype: np.dtype[Any], shape: tuple[int, ...]

@@ -1,0 +1,270 @@
+"""The memory behind an arena, and the slots in it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from bisect import bisect_right
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rlx_driver import _hooks
+from rlx_driver._arena_blocks import disjoint_blocks
+from rlx_driver._arena_owned import OwnedBytes
+from rlx_driver._arena_values import bytes_of
+from rlx_driver._fence import fence
+from rlx_driver._ledger import ledger
+from rlx_driver._locks import acquire, release
+from rlx_driver._owned import make_owned, owning_backend
+from rlx_driver._slices import byte_size
+from rlx_driver.backends.base import (
+    ALIGNMENT,
+    ArrayFacts,
+    FunctionalBackend,
+    row_major_strides,
+)
+from rlx_driver.buffer import Buffer
+from rlx_driver.errors import StaleViewError, ZeroCopyError
+from rlx_driver.typed_io import read_typed_to_f32, write_typed_from_f32
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rlx_driver.access import Access
+    from rlx_driver.backends.base import Backend
+    from rlx_driver.device import Device
+    from rlx_driver.plan import MemoryPlan
+
+__all__ = ["Memory", "make_memory"]
+
+_BYTE = np.dtype(np.uint8)
+
+
+def make_memory(
+    plan: MemoryPlan, device: Device, owner: str | None, label: str, *, margin: int = 0
+) -> Memory | OwnedBytes:
+    """Allocate what a plan needs.
+
+    Parameters
+    ----------
+    owner
+        The backend whose framework owns the memory; None for the device's native one.
+    margin
+        Bytes to leave free before offset 0 and behind the end.
+
+    Raises
+    ------
+    DeviceUnavailableError, OutOfDeviceMemory
+        As for `Arena`.
+    ZeroCopyError
+        A margin was asked for where the memory has no views.
+    """
+    backend = owning_backend(device, owner)
+    nbytes = plan.size + 2 * margin
+    if isinstance(backend, FunctionalBackend):
+        # Such a framework chooses the alignment by itself.
+        slack = widest_alignment(plan) if device.is_host else 0
+        native, found, keep = make_owned(backend, device, (nbytes + slack,), _BYTE)
+        if not found.has_views:
+            if margin:
+                raise ZeroCopyError(
+                    f"a debug arena looks at its bytes, and memory that {backend.name} owns on "
+                    f"{device} has no views: debug the program on the host"
+                )
+            return OwnedBytes(backend, keep, device, label, plan)
+        return Memory(native, found, device, owner, label, plan, margin)
+    slack = widest if (widest := widest_alignment(plan)) > ALIGNMENT else 0
+    native = backend.allocate(device, nbytes + slack)
+    return Memory(native, backend, device, owner, label, plan, margin)
+
+
+def widest_alignment(plan: MemoryPlan) -> int:
+    """Give the alignment that offset 0 gets."""
+    own = (plan.interval(node).alignment or 1 for node in plan.nodes)
+    return max(ALIGNMENT, plan.alignment, max(own, default=1))
+
+
+class Memory:
+    """Bytes of a framework that has views; slots are Buffers on them.
+
+    Bytes that no two slots share are in different *blocks*. Each block has an `Access` of its own.
+    """
+
+    has_views = True
+
+    def __init__(
+        self,
+        native: Any,
+        backend: Backend,
+        device: Device,
+        owner: str | None,
+        label: str,
+        plan: MemoryPlan,
+        margin: int,
+    ) -> None:
+        self.lock = threading.RLock()
+        self.backend = backend
+        self.margin = margin
+        self._device = device
+        self._owner = owner
+        self._label = label
+        self._native = native
+        self._facts = backend.facts(native)
+        self._shift = _shift(self._facts.address, margin, widest_alignment(plan))
+        self.address = self._facts.address + self._shift
+        self._process = os.getpid()
+        if margin:
+            self._starts, self._ends, self._names = [-margin], [plan.size + margin], [label]
+        else:
+            self._starts, self._ends, self._names = disjoint_blocks(plan, label)
+        self._bases: dict[int, Buffer] = {}
+        self._raw: dict[tuple[int, int], Buffer] = {}
+
+    # --- slots
+
+    def slot(self, offset: int, dt: np.dtype[Any], shape: tuple[int, ...]) -> Buffer:
+        """Make the Buffer of a slot; the caller has checked that it fits.
+
+        Raises
+        ------
+        ZeroCopyError
+            The framework that owns the memory cannot see it so.
+        """
+        facts = self._facts_of(offset, dt, shape)
+        if (obstacle := self.backend.obstacle(facts)) is not None:
+            raise ZeroCopyError(
+                f"{dt.name}{list(shape)} at byte {offset:,} of {self._label} cannot be seen by "
+                f"{self.backend.name}: {obstacle.text}; read() and write() copy it"
+            )
+        block = max(bisect_right(self._starts, offset) - 1, 0)
+        base = self._base(block)
+        low = offset - self._starts[block]
+        high = low + byte_size(shape, dt)
+
+        def derivation(backend: Backend, view: Any) -> Any:
+            return backend.reinterpret(backend.index(view, slice(low, high)), dt, shape)
+
+        return base._derived(derivation)
+
+    def sees(self, offset: int, dt: np.dtype[Any], shape: tuple[int, ...]) -> bool:
+        """Tell whether `slot` can make such a Buffer."""
+        return self.backend.obstacle(self._facts_of(offset, dt, shape)) is None
+
+    def native_view(self, buffer: Buffer) -> Callable[[], Any]:
+        """Give the accessor for the framework that owns the memory."""
+        name = self.backend.name
+        known = {"numpy": buffer.numpy, "torch": buffer.torch}
+        return known.get(name) or (lambda: buffer.array(name))
+
+    def whole(self) -> Buffer:
+        """Give the only block of memory with a margin."""
+        return self._base(0)
+
+    def _facts_of(self, offset: int, dt: np.dtype[Any], shape: tuple[int, ...]) -> ArrayFacts:
+        strides = row_major_strides(shape, dt.itemsize)
+        return ArrayFacts(self.address + offset, shape, strides, dt, self._device)
+
+    def _base(self, block: int) -> Buffer:
+        with self.lock:
+            base = self._bases.get(block)
+            if base is None:
+                if os.getpid() != self._process:
+                    raise StaleViewError(
+                        f"{self._label} belongs to the parent process: after a fork neither JAX "
+                        "nor CUDA can order accesses in the child. Start children with the "
+                        "'spawn' method"
+                    )
+                start, end = self._starts[block], self._ends[block]
+                native = self.backend.view(self._native, self._shift + start, (end - start,), _BYTE)
+                base = Buffer._adopt(native, self.backend, self._names[block])
+                base._access.keeper = self._label
+                self._bases[block] = base
+            return base
+
+    def _bytes(self, offset: int, nbytes: int) -> Buffer:
+        """Give a slot as bytes."""
+        with self.lock:
+            raw = self._raw.get((offset, nbytes))
+            if raw is None:
+                raw = self._raw[offset, nbytes] = self.slot(offset, _BYTE, (nbytes,))
+            return raw
+
+    # --- copies
+
+    def put(self, offset: int, value: np.ndarray[Any, Any]) -> None:
+        """Copy a host array to an offset, whatever the framework thinks of its dtype."""
+        self._bytes(offset, value.nbytes).copy_from(bytes_of(value))
+
+    def read(self, offset: int, dt: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+        """Copy from an offset to the host."""
+        nbytes = byte_size(shape, dt)
+        ledger.will_copy(nbytes, "arena.read")
+        with self._bytes(offset, nbytes).read(self.backend.name) as native:
+            return self.backend.copy_out(native).view(dt).reshape(shape)
+
+    def write_f32(self, offset: int, size: int, dt: np.dtype[Any], data: Any) -> int:
+        """Convert float32 values into a slot of a size, as many as fit."""
+        return write_typed_from_f32(self._bytes(offset, size), dt, data, size // dt.itemsize)
+
+    def read_f32(
+        self, offset: int, size: int, dt: np.dtype[Any], count: int
+    ) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Convert the first elements of a slot of a size to float32."""
+        return read_typed_to_f32(self._bytes(offset, size), dt, count)
+
+    # --- life
+
+    def renewed(self, plan: MemoryPlan) -> Memory:
+        """Make everything taken so far stale, and give zeroed memory for a plan."""
+        shift = _shift(self._facts.address, self.margin, widest_alignment(plan))
+        fits = shift + plan.size + self.margin <= self._facts.byte_size
+        fresh: Memory | None = None
+        if not fits:  # first, for it may fail
+            made = make_memory(plan, self._device, self._owner, self._label, margin=self.margin)
+            assert isinstance(made, Memory)
+            fresh = made
+        with self.lock:
+            taken = [base._access for base in self._bases.values()]
+            acquire(taken)
+            try:
+                fence(taken)
+                _before_close(taken)
+                for access in taken:
+                    access.settle()
+                if fits:
+                    with self.backend.writing():
+                        self._native[...] = 0
+                for access in taken:
+                    access.after_native()
+                    access.written()
+                    access.close("stale")
+            finally:
+                release(taken)
+        return fresh or Memory(
+            self._native, self.backend, self._device, self._owner, self._label, plan, self.margin
+        )
+
+    def close(self) -> None:
+        """Give the memory up."""
+        with self.lock:
+            taken = [base._access for base in self._bases.values()]
+            acquire(taken)
+            _before_close(taken)
+            for access in taken:
+                access.close()
+            release(taken)
+            self._bases.clear()
+            self._raw.clear()
+            self._native = None
+
+
+def _before_close(accesses: list[Access]) -> None:
+    if _hooks.checker is not None:
+        for access in accesses:
+            _hooks.checker.before_close(access)
+
+
+def _shift(address: int, margin: int, alignment: int) -> int:
+    """Give the bytes from an address to an aligned one behind a margin."""
+    return margin + -(address + margin) % alignment

@@ -1,0 +1,364 @@
+"""`Arena`: one allocation in which every node of a program has its slot."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rlx_driver import _hooks
+from rlx_driver._arena_debug import MARGIN, Inspector, guarded
+from rlx_driver._arena_io import InOutMixin
+from rlx_driver._arena_memory import Memory, make_memory
+from rlx_driver.device import Device
+from rlx_driver.errors import ClosedHandleError, DTypeError, PlanError
+from rlx_driver.plan import MemoryPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+    from typing import NoReturn
+
+    from rlx_driver._arena_owned import OwnedBytes
+    from rlx_driver.buffer import Buffer
+
+__all__ = ["Arena"]
+
+
+class Arena(InOutMixin):
+    """One allocation on a device, laid out by a plan; every node has its slot in it.
+
+    A slot is a `Buffer` (`buffer`): NumPy, torch and JAX see it and change it in place, like a
+    handle. `view` is the same as an array of the device's own framework. `read` and `write` copy.
+
+    Parameters
+    ----------
+    plan
+        From `plan_memory`.
+    device
+        Where.
+    backend
+        Who owns the memory: left out, the device's native framework (NumPy on the host, torch on
+        CUDA). ``"jax"``: one byte array of JAX, as on TPU.
+    name
+        Shown in errors and in `memory_report`.
+    debug
+        Lay guard bytes around the slots, poison slots when their life ends (see `advance`), and
+        look at both at every access by the driver. Costs twice the memory, and time.
+
+    Raises
+    ------
+    PlanError
+        When `plan` is none.
+    DeviceUnavailableError, OutOfDeviceMemory
+        The device is not there, or has not that much memory.
+
+    Notes
+    -----
+    The bytes are zero at first. Slots that share no byte have a discipline of access each; slots
+    that reuse each other's bytes share one, so that a write to one is ordered after the readers of
+    the others, and JAX arrays of any of them die with it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import rlx_driver as rlx
+    >>> plan = rlx.plan_memory([
+    ...     rlx.Interval("x", 16, 0, 1, dtype="f32", shape=(4,)),
+    ...     rlx.Interval("y", 8, 1, 2, dtype="bf16", shape=(4,)),
+    ... ])
+    >>> with rlx.Arena(plan) as arena:
+    ...     arena["x"] = np.arange(4, dtype=np.float32)
+    ...     _ = arena.write_input_f32("y", "bf16", arena.view("x"))
+    ...     arena.read("y").astype(np.float32)
+    array([0., 1., 2., 3.], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        plan: MemoryPlan,
+        device: Device | str = "cpu",
+        *,
+        backend: str | None = None,
+        name: str | None = None,
+        debug: bool = False,
+    ) -> None:
+        _require_plan(plan)
+        self._device = Device(device)
+        self._name = name
+        self._label = f"arena {name!r}" if name else f"arena of {len(plan)} nodes on {self._device}"
+        self._debug = debug
+        self._generation = 0
+        self._lay(plan)
+        self._memory: Memory | OwnedBytes | None = make_memory(
+            self._plan, self._device, backend, self._label, margin=MARGIN if debug else 0
+        )
+        self._inspect()
+
+    def _lay(self, plan: MemoryPlan) -> None:
+        self._plan = guarded(plan) if self._debug else plan
+        self._buffers: dict[Any, Buffer] = {}
+        self._views: dict[Any, Callable[[], Any]] = {}
+
+    def _inspect(self) -> None:
+        self._inspector = None
+        if self._debug and isinstance(self._memory, Memory):
+            self._inspector = Inspector(self._plan, self._memory, self._label)
+
+    # --- what there is -----------------------------------------------------------------------
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """The plan in effect; of a debug arena, with room for the guards."""
+        return self._plan
+
+    @property
+    def device(self) -> Device:
+        """Where the memory is."""
+        return self._device
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the arena, as planned."""
+        return self._plan.size
+
+    @property
+    def address(self) -> int:
+        """Address of offset 0; it changes only when `replan` needs more memory than there is."""
+        return self._open().address
+
+    @property
+    def generation(self) -> int:
+        """How often the arena was reset or planned anew."""
+        return self._generation
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._memory is None
+
+    def byte_offset(self, node: Hashable) -> int | None:
+        """Give where a node's slot begins, in bytes from the start; None without a slot."""
+        return self._plan.offset(node) if node in self._plan else None
+
+    def has_buffer(self, node: Hashable) -> bool:
+        """Tell whether a node has a slot."""
+        return node in self._plan
+
+    def __contains__(self, node: object) -> bool:
+        return node in self._plan
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __repr__(self) -> str:
+        state = ", closed" if self.is_closed else ""
+        return (
+            f"<{self._label[0].upper()}{self._label[1:]}: {len(self._plan)} nodes, "
+            f"{self.size_bytes:,} bytes, generation {self._generation}{state}>"
+        )
+
+    # --- slots -------------------------------------------------------------------------------
+
+    def buffer(
+        self, node: Hashable, dtype: Any = None, shape: int | tuple[int, ...] | None = None
+    ) -> Buffer:
+        """Give a node's slot as a Buffer.
+
+        Parameters
+        ----------
+        node
+            Of the plan.
+        dtype, shape
+            How to see the slot, from its start; left out, as the plan says: else as bytes, and as
+            many elements as fit.
+
+        Returns
+        -------
+        Buffer
+            Copies: never. Blocks: no. Read-only: no. Aliases: the arena, and with it every node
+            that reuses the bytes. The same object each time. After `reset` or `replan` it raises
+            `StaleViewError`; it cannot be closed by itself.
+
+        Raises
+        ------
+        UnboundNameError
+            The node has no slot.
+        ShapeError
+            It does not fit in the slot.
+        DTypeError
+            No such dtype.
+        ZeroCopyError
+            Where the owner of the memory has no views (TPU): use `read` and `write`.
+        ClosedHandleError, StaleViewError
+            After `close`; in a debug arena, outside of the node's life.
+        """
+        memory = self._open()
+        if self._inspector is not None:
+            self._inspector.visit(node)
+        key = (node, dtype, shape)
+        try:
+            buffer = self._buffers.get(key)
+        except TypeError:  # a shape as a list
+            buffer = None
+        if buffer is None:
+            dt, lengths = self._spec(node, dtype, shape)
+            key = (node, dt, lengths)
+            with memory.lock:
+                buffer = self._buffers.get(key)
+                if buffer is None:
+                    buffer = memory.slot(self._plan.offset(node), dt, lengths)
+                    self._buffers[key] = buffer
+                if dtype is None and shape is None:
+                    self._buffers[node, None, None] = buffer
+        return buffer
+
+    def view(
+        self, node: Hashable, dtype: Any = None, shape: int | tuple[int, ...] | None = None
+    ) -> Any:
+        """Give a node's slot as an array of the device's framework: NumPy, or torch on a GPU.
+
+        Parameters and errors are those of `buffer`; other frameworks see the slot by
+        ``arena.buffer(node).jax()``. Copies: never. Blocks: as `Buffer.numpy` and `Buffer.torch`
+        do. Read-only: no. Aliases: the arena. The second call is a look-up. Existing code may
+        write through it, as through the view of a handle. It does not notice a `reset`: ask anew.
+        """
+        if dtype is None and shape is None:
+            give = self._views.get(node)
+            if give is not None:
+                return give()
+        memory = self._open()
+        buffer = self.buffer(node, dtype, shape)
+        give = memory.native_view(buffer)
+        if dtype is None and shape is None and self._inspector is None:
+            with memory.lock:
+                if buffer is self._buffers.get((node, None, None)):  # no reset since
+                    self._views[node] = give
+        return give()
+
+    def __getitem__(self, node: Hashable) -> Any:
+        return self.view(node)
+
+    # --- life --------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Begin anew: the bytes are zero again, and whatever was taken before is stale.
+
+        Blocks until readers and scopes are done. JAX arrays of slots die, their Buffers raise
+        `StaleViewError`; NumPy and torch views taken before still see the arena's memory.
+
+        Raises
+        ------
+        ZeroCopyError
+            An alias of a JAX array holds a slot's memory (see `Buffer.write`). Nothing was changed.
+        ArrayCorruptionError
+            Of a debug arena: see `check`.
+        """
+        memory = self._open()
+        self._look()
+        self._renew(memory, self._plan)
+
+    def replan(self, plan: MemoryPlan) -> None:
+        """Lay the arena out by another plan; else as `reset`. Contents are not kept.
+
+        The allocation stays where it is when it is large enough; else there is a new one, and the
+        old one is freed with the last view of it.
+
+        Raises
+        ------
+        PlanError, OutOfDeviceMemory
+            It is no plan, or the device has not that much memory. Nothing was changed.
+        ZeroCopyError
+            As for `reset`.
+        """
+        memory = self._open()
+        _require_plan(plan)
+        self._look()
+        self._renew(memory, guarded(plan) if self._debug else plan)
+
+    def _renew(self, memory: Memory | OwnedBytes, plan: MemoryPlan) -> None:
+        with memory.lock:
+            self._memory = memory.renewed(plan)
+            self._plan = plan
+            self._buffers = {}
+            self._views = {}
+            self._generation += 1
+            self._inspect()
+        if _hooks.checker is not None:
+            _hooks.checker.announce()
+
+    def close(self) -> None:
+        """Give the memory up; it is freed when the last view of it is gone. Twice is fine.
+
+        Blocks until scopes of other threads are left. Later accesses raise `ClosedHandleError`.
+        """
+        if (memory := self._memory) is None:
+            return
+        try:
+            self._look()
+        finally:
+            with memory.lock:
+                self._memory = self._inspector = None
+                self._buffers = {}
+                self._views = {}
+            memory.close()
+            if _hooks.checker is not None:
+                _hooks.checker.announce()  # may raise, as warnings do where they are errors
+
+    def __enter__(self) -> Arena:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse to pickle: an arena is memory."""
+        raise DTypeError("an Arena is memory at an address and does not pickle or copy; save() it")
+
+    # --- debug -------------------------------------------------------------------------------
+
+    def advance(self, step: int) -> None:
+        """Tell a debug arena which step of the program comes next; otherwise this does nothing.
+
+        Slots whose life is over are filled with 0xff (not a number, in every float) and watched:
+        whoever writes there is reported. From then on a node is accessible during its life only. A
+        step before the last one begins a new run.
+
+        Raises
+        ------
+        ArenaCorruptionError
+            As for `check`.
+        """
+        self._open()
+        if self._inspector is not None:
+            self._inspector.advance(step)
+
+    def check(self) -> None:
+        """Look, in a debug arena, whether anybody wrote where nobody was to write.
+
+        Every access by the driver does so too. Copies the arena to the host and blocks.
+
+        Raises
+        ------
+        ArenaCorruptionError
+            Guard bytes or a dead slot have changed: the text says where, whose slots lie beside
+            it, and where they were last handed out. It is reported once.
+        """
+        self._open()
+        self._look()
+
+    def _look(self) -> None:
+        if self._inspector is not None:
+            self._inspector.check()
+
+    # --- inside ------------------------------------------------------------------------------
+
+    def _open(self) -> Memory | OwnedBytes:
+        if self._memory is None:
+            raise ClosedHandleError(f"{self._label} is closed: make a new one")
+        return self._memory
+
+
+def _require_plan(plan: Any) -> None:
+    if not isinstance(plan, MemoryPlan):
+        raise PlanError(
+            f"an arena is laid out by a MemoryPlan; got a {type(plan).__qualname__}: make one with "
+            "rlx_driver.plan_memory(intervals)"
+        )
