@@ -9,8 +9,8 @@ from pathlib import Path
 from benchmarks.harness import RESULTS, machine, report
 
 SUITES = {
-    "cpu": ("import", "views", "exchange", "update", "tree", "fence"),
-    "cuda": ("cuda", "order"),
+    "cpu": ("import", "views", "exchange", "update", "tree", "fence", "memory", "typed_io"),
+    "cuda": ("cuda", "order", "cuda_typed_io"),
 }
 
 

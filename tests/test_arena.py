@@ -676,3 +676,26 @@ def test_a_race_on_a_slot_is_found_by_the_checker():
     with Arena(plan) as arena, pytest.raises(rlx.RaceError) as caught:
         race(arena)
     assert [found.kind for found in caught.value.races] == ["changed under a view"]
+
+
+@pytest.mark.parametrize("backend", [None, "jax"])
+def test_the_memory_report_lists_an_arena_and_its_slots(backend):
+    with Arena(small_plan(), backend=backend, name="net") as arena:
+        pool = next(r for r in rlx.memory_report()["cpu"].regions if r.label == "arena 'net'")
+        assert (pool.kind, pool.in_use) == ("arena", arena.size_bytes)
+        assert arena.size_bytes <= pool.reserved <= arena.size_bytes + 256
+        sizes = {entry.name: entry.byte_size for entry in pool.entries}
+        assert sizes == {node: arena.plan.interval(node).size for node in arena.plan.nodes}
+        arena.replan(rlx.plan_memory([typed("x", 4096, 0, 1)]))
+        pool = next(r for r in rlx.memory_report()["cpu"].regions if r.label == "arena 'net'")
+        assert [entry.name for entry in pool.entries] == ["x"]
+        assert pool.reserved >= 4 * 4096
+
+
+def test_an_arena_that_stays_open_is_a_leak():
+    kept = []
+    with pytest.raises(rlx.LeakError, match="arena 'net' on cpu"), rlx.no_leaks():
+        kept.append(Arena(small_plan(), name="net"))
+    kept.pop().close()
+    with rlx.no_leaks():
+        Arena(small_plan()).close()

@@ -21,6 +21,7 @@ from rlx_driver._slices import byte_size
 from rlx_driver.backends.base import (
     ALIGNMENT,
     ArrayFacts,
+    Backend,
     FunctionalBackend,
     row_major_strides,
 )
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rlx_driver.access import Access
-    from rlx_driver.backends.base import Backend
     from rlx_driver.device import Device
     from rlx_driver.plan import MemoryPlan
 
@@ -143,7 +143,10 @@ class Memory:
         high = low + byte_size(shape, dt)
 
         def derivation(backend: Backend, view: Any) -> Any:
-            return backend.reinterpret(backend.index(view, slice(low, high)), dt, shape)
+            part = backend.index(view, slice(low, high))
+            if type(backend).reinterpret is Backend.reinterpret:  # it can only see plain bytes so
+                return backend.view(part, 0, shape, dt)
+            return backend.reinterpret(part, dt, shape)
 
         return base._derived(derivation)
 

@@ -38,7 +38,6 @@ def framework_kernels(dtype: np.dtype[Any]) -> tuple[Kernel | None, Kernel | Non
         return None, None
 
 
-@np.errstate(all="ignore")
 def write_cast(
     raw: np.ndarray[Any, Any], dtype: np.dtype[Any], source: np.ndarray[Any, Any]
 ) -> None:
@@ -56,25 +55,14 @@ def write_cast(
     """
     if np.may_share_memory(raw, source):  # contiguous, so this is exact
         source = source.copy()
-    kernel: Kernel | None = None
-    if source.size >= HOST_KERNELS_FROM:
-        kernel = framework_kernels(dtype)[0]
-    if kernel is None:
-        kernel = writer(dtype, source.size)
-    size = dtype.itemsize
-    if _aligned(raw, dtype) and source.flags.aligned:
-        kernel(raw, source)
+    kernel = framework_kernels(dtype)[0] if source.size >= HOST_KERNELS_FROM else None
+    if kernel is not None:
+        _write(kernel, raw, dtype, source)
         return
-    count = min(source.size, BLOCK)
-    values, scratch = np.empty(count, np.float32), np.empty(count, dtype).view(np.uint8)
-    for start in range(0, source.size, BLOCK):
-        n = min(BLOCK, source.size - start)
-        values[:n] = source[start : start + n]
-        kernel(scratch[: n * size], values[:n])
-        raw[start * size : (start + n) * size] = scratch[: n * size]
+    with np.errstate(all="ignore"):
+        _write(writer(dtype, source.size), raw, dtype, source)
 
 
-@np.errstate(all="ignore")
 def read_cast(raw: np.ndarray[Any, Any], dtype: np.dtype[Any], out: np.ndarray[Any, Any]) -> None:
     """Convert bytes to float32 values.
 
@@ -88,11 +76,36 @@ def read_cast(raw: np.ndarray[Any, Any], dtype: np.dtype[Any], out: np.ndarray[A
         One-dimensional contiguous float32 of ``raw.size // dtype.itemsize`` elements; it does not
         overlap `raw`.
     """
-    kernel: Kernel | None = None
-    if out.size >= HOST_KERNELS_FROM:
-        kernel = framework_kernels(dtype)[1]
-    if kernel is None:
-        kernel = reader(dtype, out.size)
+    kernel = framework_kernels(dtype)[1] if out.size >= HOST_KERNELS_FROM else None
+    if kernel is not None:
+        _read(kernel, raw, dtype, out)
+        return
+    with np.errstate(all="ignore"):
+        _read(reader(dtype, out.size), raw, dtype, out)
+
+
+def _write(
+    kernel: Kernel,
+    raw: np.ndarray[Any, Any],
+    dtype: np.dtype[Any],
+    source: np.ndarray[Any, Any],
+) -> None:
+    """Call a kernel, on aligned copies of one block after the other where it has to be."""
+    if _aligned(raw, dtype) and source.flags.aligned:
+        kernel(raw, source)
+        return
+    size, count = dtype.itemsize, min(source.size, BLOCK)
+    values, scratch = np.empty(count, np.float32), np.empty(count, dtype).view(np.uint8)
+    for start in range(0, source.size, BLOCK):
+        n = min(BLOCK, source.size - start)
+        values[:n] = source[start : start + n]
+        kernel(scratch[: n * size], values[:n])
+        raw[start * size : (start + n) * size] = scratch[: n * size]
+
+
+def _read(
+    kernel: Kernel, raw: np.ndarray[Any, Any], dtype: np.dtype[Any], out: np.ndarray[Any, Any]
+) -> None:
     if _aligned(raw, dtype):
         kernel(raw, out)
         return

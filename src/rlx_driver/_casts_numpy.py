@@ -167,7 +167,7 @@ def _write_exponents(raw: np.ndarray[Any, Any], source: np.ndarray[Any, Any]) ->
         np.copyto(place, word, casting="unsafe")
         np.subtract(part, 1, out=word)  # zero, what is negative, infinity and NaN are now large
         np.greater_equal(word, 0x7F7FFFFF, out=mask)
-        np.copyto(place, 0xFF, where=mask)
+        np.bitwise_or(place, np.negative(mask.view(np.uint8)), out=place)
         if np.equal(part, 0x400000, out=mask).any():  # 2**-127 itself is subnormal, and no middle
             place[mask] = 0
 

@@ -54,13 +54,11 @@ def probe_bytes(dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
         return np.tile(patterns.view(np.uint8), 4 if dtype.itemsize == 1 else 1)
     generator = np.random.default_rng(0)
     if dtype.kind in "iu":
-        bits = (
-            generator.integers(0, 1 << 8 * dtype.itemsize, 1 << 16, np.uint64, endpoint=False)
-            if dtype.itemsize < 8
-            else generator.integers(0, 1 << 63, 1 << 16, np.uint64) * 2
-        )
-        shifts = generator.integers(0, 8 * dtype.itemsize, 1 << 16).astype(np.uint64)
-        whole = (bits >> shifts)[:, None] + np.arange(-2, 3).astype(np.uint64)
+        # Of every length, and half of them a float32 or a middle of two, but for one.
+        bits = generator.integers(0, 1 << 63, 1 << 16, np.uint64) * 2
+        bits[::2] &= np.uint64(0xFFFFFF8000000000)
+        shifts = generator.integers(0, 64, 1 << 16).astype(np.uint64)
+        whole = (bits >> shifts)[:, None] + np.arange(-1, 2).astype(np.uint64)
         return whole.astype(dtype).reshape(-1).view(np.uint8)
     wide = probe_values(np.dtype(np.float32)).astype(np.float64)
     # Middles of neighbours in float32, and what lies next to them.
@@ -73,7 +71,8 @@ def differ(got: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> np.ndarra
     """Tell where two arrays of one dtype differ; NaNs of any payload are equal."""
     size = min(got.dtype.itemsize, 8)
     ours, theirs = (np.ascontiguousarray(x).view(f"u{size}") for x in (got, wanted))
-    different = (ours != theirs).reshape(got.size, -1).any(1)
+    different: np.ndarray[Any, Any] = (ours != theirs).reshape(got.size, -1).any(1)
     if is_integer(got.dtype) or got.dtype.kind == "b":
         return different
-    return different & ~((got != got) & (wanted != wanted))
+    different &= ~((got != got) & (wanted != wanted))
+    return different

@@ -13,7 +13,7 @@ import threading
 import weakref
 from contextlib import contextmanager
 from traceback import StackSummary
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlx_driver._races import Place, here
 from rlx_driver._sharing import facts_of
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from rlx_driver.backends.accounting import Allocation
-    from rlx_driver.backends.base import Backend
     from rlx_driver.backends.facts import ArrayFacts
+    from rlx_driver.buffer import Buffer
     from rlx_driver.device import Device
 
 __all__ = [
@@ -45,8 +45,6 @@ __all__ = [
     "register_buffer",
     "trace_memory",
 ]
-
-_B = TypeVar("_B")
 
 _DEPTH = 4
 """Frames that are kept of a stack, the innermost ones."""
@@ -165,32 +163,31 @@ def register(
     return maker
 
 
-def register_buffer(
-    buffer: _B, facts: ArrayFacts, made: Sequence[Allocation], *, shared: bool = False
-) -> _B:
+def register_buffer(buffer: Buffer, made: Sequence[Allocation], *, shared: bool = False) -> Buffer:
     """Take note of a base Buffer, and give it back."""
+    facts = buffer._facts
     pool = common_pool("buffers", facts.device)
     register(buffer, "buffer", "Buffer", pool, facts, made, shared=shared)
     return buffer
 
 
-def register_array(buffer: _B, backend: Backend, native: Any, source: Any, copy: bool | None) -> _B:
+def register_array(buffer: Buffer, source: Any, copy: bool | None) -> Buffer:
     """Take note of a Buffer on an array, which counts when it is a copy; give the Buffer back.
 
     Parameters
     ----------
-    backend, native
-        The array, and whose it is.
     source
         What the caller has given, and still holds.
     copy
         As the caller of `Buffer.from_array` has asked.
     """
-    facts = backend.facts(native)
-    copied = copy is True or (copy is None and facts_of(source).address != facts.address)
-    owner = backend.memory_owner(native) if copied else None
+    facts, native = buffer._facts, buffer._native
+    shared = copy is False or source is native
+    if not shared and copy is None:
+        shared = facts_of(source).address == facts.address
+    owner = None if shared else buffer._backend.memory_owner(native)
     made = [] if owner is None else [accounting.add(facts.device, facts.byte_size, owner)]
-    return register_buffer(buffer, facts, made, shared=not copied)
+    return register_buffer(buffer, made, shared=shared)
 
 
 def _here() -> Place:

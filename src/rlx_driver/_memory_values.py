@@ -169,9 +169,10 @@ def _plain(value: Any) -> Any:
 
 
 def _text(memory: DeviceMemory) -> Iterator[str]:
+    count = memory.allocations
     yield (
         f"{memory.device}: {memory.reserved:,} bytes reserved, {memory.in_use:,} in use, peak "
-        f"{memory.peak:,}, {memory.allocations:,} allocations"
+        f"{memory.peak:,}, {count:,} allocation{'' if count == 1 else 's'}"
     )
     for region in memory.regions:
         peak = "" if region.peak is None else f", peak {region.peak:,}"

@@ -131,10 +131,15 @@ def _pin(table: Table, row: int) -> None:
     """Pin the root where the pin of an alias puts it."""
     root = table.root[row]
     start = int(table.pin[row] - table.shift[row])
-    if start < 0 or table.pin[root] not in (-1, start):
-        where = "anywhere" if table.pin[root] < 0 else f"at {table.pin[root]}"
+    if start < 0:
+        raise PlanError(
+            f"node {table.nodes[row]!r} is pinned to {table.pin[row]}, and lies {table.shift[row]} "
+            f"bytes into {table.nodes[root]!r}, which would start below 0"
+        )
+    if table.pin[root] not in (-1, start):
         raise PlanError(
             f"node {table.nodes[row]!r} is pinned to {table.pin[row]}, {table.shift[row]} bytes "
-            f"into {table.nodes[root]!r}, which would start at {start}; that one is pinned {where}"
+            f"into {table.nodes[root]!r}, which would start at {start} and is pinned to "
+            f"{table.pin[root]}"
         )
     table.pin[root] = start

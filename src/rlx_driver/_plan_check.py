@@ -14,14 +14,11 @@ if TYPE_CHECKING:
 
     from rlx_driver._plan_intervals import Table
 
-__all__ = ["validate"]
+__all__ = ["check_pins", "validate"]
 
 
 def validate(table: Table, offsets: NDArray[np.int64]) -> None:
-    """Check offsets, one a node, against lives, alignments, pins and aliases.
-
-    The slots alive are kept in order of their offsets while time moves on, so a new one needs to
-    look at its two neighbours only: O(n log n).
+    """Check offsets, one a node, against lives, alignments, pins and aliases: O(n log n).
 
     Raises
     ------
@@ -29,7 +26,22 @@ def validate(table: Table, offsets: NDArray[np.int64]) -> None:
         Names the nodes, with their offsets and lives.
     """
     _check_offsets(table, offsets)
+    _check_apart(table, offsets, table.slots())
+
+
+def check_pins(table: Table) -> None:
+    """Check that pinned slots leave each other alone.
+
+    Raises
+    ------
+    PlanError
+        Names two that do not.
+    """
     rows = table.slots()
+    _check_apart(table, table.pin, rows[table.pin[rows] >= 0])
+
+
+def _check_apart(table: Table, offsets: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
     begin, end = table.start[rows], table.stop[rows]
     count = len(rows)
     # Ends come before starts of the same step: lives are half open.
@@ -45,6 +57,7 @@ def validate(table: Table, offsets: NDArray[np.int64]) -> None:
 def _sweep(
     table: Table, offsets: NDArray[np.int64], events: list[int], low: list[int], high: list[int]
 ) -> None:
+    # A new slot needs to look at its two neighbours only.
     starts: list[int] = []  # offsets of the slots alive, rising
     owner: dict[int, int] = {}
     for event in events:

@@ -46,7 +46,7 @@ def report_text(plan: MemoryPlan, table: Table, slots: Slots, found_by: str) -> 
         f"lower bound  {plan.lower_bound} bytes ({amount(plan.lower_bound)})",
         f"ratio        {plan.ratio:.4f}{proof}",
         f"nodes        {len(plan)}: {len(slots)} slots, {aliases} aliases, {empty} empty",
-        f"without reuse {total} bytes ({amount(total)})",
+        f"no reuse     {total} bytes ({amount(total)})",
         f"alignment    {plan.alignment} bytes",
         f"found by     {found_by}",
     ]
@@ -79,13 +79,13 @@ def _short(node: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def capacity_text(table: Table, slots: Slots, capacity: int, best: int | None) -> str:
+def capacity_text(table: Table, slots: Slots, capacity: int, best: int) -> str:
     """Say that nothing fits, and who needs the memory."""
     if capacity < slots.bound:
         lines = [
             f"no plan fits in {capacity} bytes ({amount(capacity)}): the slots alive at the peak "
-            f"need {slots.bound} bytes ({amount(slots.bound)}), {slots.bound - capacity} more; "
-            "make slots smaller or lives shorter"
+            f"need {slots.bound} bytes ({amount(slots.bound)}), {slots.bound - capacity} more, and the "
+            f"best plan found has {best}; make slots smaller or lives shorter"
         ]
     else:
         lines = [

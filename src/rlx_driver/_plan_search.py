@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rlx_driver._plan_check import validate
+from rlx_driver._plan_exact import SECONDS as EXACT_SECONDS
+from rlx_driver._plan_exact import refusal, solve
 from rlx_driver._plan_greedy import greedy, greedy_orders
 from rlx_driver._plan_skyline import Skyline
 from rlx_driver._plan_split import GREEDY, Split
 from rlx_driver._plan_sweep import PeakSweep
+from rlx_driver.errors import PlanError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from rlx_driver._plan_intervals import Table
     from rlx_driver._plan_slots import Slots
 
 __all__ = ["Search"]
@@ -50,16 +55,21 @@ class Search:
         Seconds; without one the work is bounded by counts, and the same every time.
     seed
         Of the random restarts.
+    table
+        Where the slots come from, to ask the exact solver too; None to do without.
     """
 
     slots: Slots
     goal: int
     time_limit: float | None
     seed: int
+    table: Table | None = None
     size: int = field(default=2**62, init=False)
     offsets: NDArray[np.int64] = field(init=False)
     found_by: str = field(default="nothing to place", init=False)
     tried: int = field(default=0, init=False)
+    proven: bool = field(default=False, init=False)
+    note: str = field(default="", init=False)
     _end: float = field(default=0.0, init=False)
     _left: int = field(default=0, init=False)
 
@@ -76,7 +86,7 @@ class Search:
     @property
     def done(self) -> bool:
         """Whether the goal is reached, or the time is up."""
-        return self.size <= self.goal or (self.tried > 0 and self.late())
+        return self.proven or self.size <= self.goal or (self.tried > 0 and self.late())
 
     def offer(self, offsets: NDArray[np.int64] | None, found_by: str) -> bool:
         """Take offsets that are better than the best; whether they are."""
@@ -96,6 +106,8 @@ class Search:
             return
         sweep = PeakSweep(self.slots)
         self._bounded(sweep)
+        if self.table is not None and not self.done:
+            self._exact(self.table)
         if self.time_limit is not None:
             self._left = 2**62
             self._unbounded(sweep)
@@ -139,6 +151,27 @@ class Search:
                 if self._may(cost):
                     self.offer(plan(), f"large slots first, {found_by}")
 
+    def _exact(self, table: Table) -> None:
+        why = refusal(self.slots)
+        if why is not None:
+            self.note = f"omnimalloc was not asked: {why}"
+            return
+        seconds = EXACT_SECONDS if self.time_limit is None else self._end - time.monotonic()
+        for answer in solve(table, self.slots, self.goal, seconds):
+            rows = self.slots.rows
+            laid = np.maximum(table.pin, 0)
+            laid[rows] = answer.offsets
+            try:
+                validate(table, table.spread(laid))
+            except PlanError as error:
+                self.note = f"an answer of omnimalloc was thrown away: {error}"
+                continue
+            self.offer(answer.offsets, "omnimalloc")
+            size = int((answer.offsets + self.slots.size).max())
+            self.proven = answer.proven and self.size == size
+            if self.done:
+                return
+
     def _fit(self, name: str, order: NDArray[np.int64], *, best_fit: bool) -> None:
         how = "best fit" if best_fit else "first fit"
         found = greedy(self.slots, order, self.size - 1, best_fit=best_fit, late=self.late)
@@ -148,9 +181,7 @@ class Search:
         skyline = Skyline(self.slots, self.seed)
         while not self.done and self._left > 0:
             before = skyline.laid
-            # With a capacity only what fits in it counts.
-            limit = self.goal if self.goal > self.slots.bound else self.size - 1
-            self.offer(skyline.attempt(limit), "skyline")
+            self.offer(skyline.attempt(self.size - 1), "skyline")
             self._left -= _SKYLINE * (skyline.laid - before) + 100
 
     def _unbounded(self, sweep: PeakSweep) -> None:

@@ -43,25 +43,29 @@ class Source:
     """
 
     def __init__(self, src: Any) -> None:
+        self.plain: np.ndarray[Any, Any] | None = None
+        if type(src) is np.ndarray and src.dtype == _FLOAT and src.flags.c_contiguous:
+            self.plain, self.size = src.reshape(-1), src.size
+            return
         if isinstance(src, Buffer):
             _require_f32(src.dtype, "buffer.view('f32') where its bytes are float32")
             src = src.to_host().numpy()
-        self.backend = registry.for_array(src)
-        if self.backend is None:
-            src, self.backend = _foreign_values(src), registry.get("numpy")
-        facts = self.backend.facts(src)
+        backend = registry.for_array(src)
+        if backend is None:
+            src, backend = _foreign_values(src), registry.get("numpy")
+        facts = backend.facts(src)
         if facts.obstacle is not None and not facts.obstacle.copyable:
             if facts.obstacle.kind != "dtype":
                 raise ZeroCopyError(f"src cannot be read: {facts.obstacle}. Nothing was changed")
             _require_f32(src.dtype, _REMEDY)
         _require_f32(facts.dtype, _REMEDY)
-        self.facts = facts
+        self.backend, self.facts = backend, facts
         self.size = facts.num_elements
         self.values = src
 
     def drop(self) -> None:
         """Hold the values no longer."""
-        self.values = None
+        self.values = self.plain = None
 
     def taken(self, owner: Backend, count: int, dst: Buffer | None = None) -> Any:
         """Give the first values in C order, with one axis: host memory, or an array of `owner`.
@@ -69,8 +73,9 @@ class Source:
         Never an array that shares memory with `dst` and belongs to a framework whose readers a
         write scope waits for.
         """
+        if self.plain is not None:
+            return self.plain[:count]
         values, backend = self.values, self.backend
-        assert backend is not None
         if isinstance(backend, FunctionalBackend):
             shared = dst is not None and _overlap(self.facts, dst._facts)
             near = self.facts.device.is_host or self.facts.device.kind in owner.kinds

@@ -8,21 +8,25 @@ from rlx_driver import _hooks
 from rlx_driver._arena_debug import MARGIN, Inspector, guarded
 from rlx_driver._arena_io import InOutMixin
 from rlx_driver._arena_memory import Memory, make_memory
+from rlx_driver._memory import Contents, Pool, Slot, register
+from rlx_driver._snapshot_arena import ArenaFiles
+from rlx_driver.backends.base import accounting
 from rlx_driver.device import Device
 from rlx_driver.errors import ClosedHandleError, DTypeError, PlanError
 from rlx_driver.plan import MemoryPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable, Hashable, Sequence
     from typing import NoReturn
 
     from rlx_driver._arena_owned import OwnedBytes
+    from rlx_driver.backends.accounting import Allocation
     from rlx_driver.buffer import Buffer
 
 __all__ = ["Arena"]
 
 
-class Arena(InOutMixin):
+class Arena(InOutMixin, ArenaFiles):
     """One allocation on a device, laid out by a plan; every node has its slot in it.
 
     A slot is a `Buffer` (`buffer`): NumPy, torch and JAX see it and change it in place, like a
@@ -81,19 +85,49 @@ class Arena(InOutMixin):
         debug: bool = False,
     ) -> None:
         _require_plan(plan)
-        self._device = Device(device)
-        self._name = name
-        self._label = f"arena {name!r}" if name else f"arena of {len(plan)} nodes on {self._device}"
-        self._debug = debug
-        self._generation = 0
-        self._lay(plan)
-        self._memory: Memory | OwnedBytes | None = make_memory(
-            self._plan, self._device, backend, self._label, margin=MARGIN if debug else 0
+        self._lay(plan, Device(device), name, debug)
+        margin = MARGIN if debug else 0
+        self._memory: Memory | OwnedBytes | None
+        self._memory, made = accounting.record(
+            make_memory, self._plan, self._device, backend, self._label, margin=margin
         )
+        self._register(made)
         self._inspect()
 
-    def _lay(self, plan: MemoryPlan) -> None:
-        self._plan = guarded(plan) if self._debug else plan
+    def _register(self, made: Sequence[Allocation]) -> None:
+        pool = Pool("arena", self._label, self._device)
+        self._maker = register(
+            self, "arena", self._label, pool, None, made, contents=Arena._contents
+        )
+
+    def _contents(self) -> Contents:
+        """Say what is in the arena, for `memory_report`."""
+        plan = self._plan
+        specs = ((node, self._spec(node, None, None)) for node in plan.nodes)
+        return Contents(
+            plan.size,
+            [Slot(str(node), shape, dt, plan.interval(node).size) for node, (dt, shape) in specs],
+        )
+
+    @classmethod
+    def _over(cls, plan: MemoryPlan, native: Any, name: str | None) -> Arena:
+        """Make an arena over memory of the host that is there, aligned as the plan asks."""
+        self = object.__new__(cls)
+        self._lay(plan, Device(), name, False)
+        place = self._device
+        self._memory = Memory(native, place.backend, place, None, self._label, plan, 0)
+        self._register(())  # the memory is not the driver's
+        self._inspect()
+        return self
+
+    def _lay(self, plan: MemoryPlan, device: Device, name: str | None, debug: bool) -> None:
+        self._device = device
+        self._name = name
+        self._label = f"arena {name!r}" if name else f"arena of {len(plan)} nodes on {device}"
+        self._debug = debug
+        self._generation = 0
+        self._asked = plan  # without guards
+        self._plan = guarded(plan) if debug else plan
         self._buffers: dict[Any, Buffer] = {}
         self._views: dict[Any, Callable[[], Any]] = {}
 
@@ -253,7 +287,7 @@ class Arena(InOutMixin):
         """
         memory = self._open()
         self._look()
-        self._renew(memory, self._plan)
+        self._renew(memory, self._plan, self._asked)
 
     def replan(self, plan: MemoryPlan) -> None:
         """Lay the arena out by another plan; else as `reset`. Contents are not kept.
@@ -271,12 +305,13 @@ class Arena(InOutMixin):
         memory = self._open()
         _require_plan(plan)
         self._look()
-        self._renew(memory, guarded(plan) if self._debug else plan)
+        self._renew(memory, guarded(plan) if self._debug else plan, plan)
 
-    def _renew(self, memory: Memory | OwnedBytes, plan: MemoryPlan) -> None:
+    def _renew(self, memory: Memory | OwnedBytes, plan: MemoryPlan, asked: MemoryPlan) -> None:
         with memory.lock:
-            self._memory = memory.renewed(plan)
-            self._plan = plan
+            self._memory, made = accounting.record(memory.renewed, plan)
+            self._maker.claim(made)
+            self._plan, self._asked = plan, asked
             self._buffers = {}
             self._views = {}
             self._generation += 1

@@ -174,7 +174,7 @@ class Buffer(ViewsMixin, UpdateMixin, SlicesMixin, TransferMixin, InteropMixin):
         else:
             memory, made = accounting.record(backend.allocate, place, byte_size(shape, dt))
             self = cls._adopt(backend.view(memory, 0, shape, dt), backend)
-        return register_buffer(self, self._facts, made)
+        return register_buffer(self, made)
 
     @classmethod
     def empty(
@@ -234,7 +234,7 @@ class Buffer(ViewsMixin, UpdateMixin, SlicesMixin, TransferMixin, InteropMixin):
                     )
                 ledger.will_copy(facts.byte_size, f"{reason} (to a Buffer)")
                 native = backend.duplicate(native)
-        return register_array(cls._adopt(native, backend), backend, native, x, copy)
+        return register_array(cls._adopt(native, backend), x, copy)
 
     @classmethod
     def from_bytes(

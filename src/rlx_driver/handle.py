@@ -12,6 +12,7 @@ from rlx_driver import dtypes
 from rlx_driver._memory import Maker, common_pool, register
 from rlx_driver._owned import Owner, make_owned, owning_backend
 from rlx_driver._slices import shape_of
+from rlx_driver._snapshot_region import RegionFiles
 from rlx_driver.access import Access
 from rlx_driver.backends.accounting import Allocation, Pool
 from rlx_driver.backends.base import ALIGNMENT, Backend, FunctionalBackend, accounting
@@ -185,7 +186,7 @@ class BufferHandle(Buffer):
         return f"<{type(self).__name__} {self._name!r} {inner.partition(' ')[2]}"
 
 
-class HandleRegion:
+class HandleRegion(RegionFiles):
     """The memory that handles live in, on one device, apart from every arena.
 
     Parameters

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from rlx_driver._plan_check import validate
+from rlx_driver._plan_check import check_pins, validate
+from rlx_driver._plan_exact import require
 from rlx_driver._plan_intervals import Table, check_alignment, read_intervals
 from rlx_driver._plan_report import capacity_text, report_text
 from rlx_driver._plan_search import Search
@@ -40,7 +41,16 @@ class MemoryPlan:
     True
     """
 
-    __slots__ = ("_alignment", "_capacity", "_found_by", "_offsets", "_size", "_slots", "_table")
+    __slots__ = (
+        "_alignment",
+        "_capacity",
+        "_found_by",
+        "_offsets",
+        "_proven",
+        "_size",
+        "_slots",
+        "_table",
+    )
 
     _table: Table
     _slots: Slots
@@ -49,6 +59,7 @@ class MemoryPlan:
     _alignment: int
     _capacity: int | None
     _found_by: str
+    _proven: bool
 
     def __init__(self) -> None:
         raise TypeError("a MemoryPlan comes from plan_memory or MemoryPlan.from_offsets")
@@ -62,6 +73,7 @@ class MemoryPlan:
         alignment: int,
         found_by: str,
         capacity: int | None = None,
+        proven: bool = False,
     ) -> MemoryPlan:
         validate(table, offsets)
         offsets.flags.writeable = False
@@ -75,6 +87,7 @@ class MemoryPlan:
             ("_alignment", alignment),
             ("_capacity", capacity),
             ("_found_by", found_by),
+            ("_proven", proven),
         ):
             object.__setattr__(plan, name, value)
         return plan
@@ -157,8 +170,11 @@ class MemoryPlan:
 
     @property
     def optimal(self) -> bool:
-        """Whether the size is proven to be the smallest there is."""
-        return self._size <= self._slots.bound
+        """Whether the size is proven to be the smallest there is.
+
+        By the lower bound; with ``exact=True`` also by omnimalloc, whose proof is taken as it is.
+        """
+        return self._proven or self._size <= self._slots.bound
 
     @property
     def alignment(self) -> int:
@@ -345,8 +361,9 @@ def plan_memory(
         the same but for where the clock stops it, and never worse than without, if the time
         allows what is done without.
     exact
-        Ask the solver of omnimalloc too (``pip install rlx-driver[planner]``), and take the
-        better answer.
+        Ask the solver of omnimalloc too (``pip install rlx-driver[planner]``), for 10 seconds at
+        most without a `time_limit`; its answer is checked, and the better one taken. It takes no
+        pinned slots, and none above 10,000: the plan is then our own, and its report says so.
     seed
         Of the random restarts.
 
@@ -375,17 +392,22 @@ def plan_memory(
     alignment = check_alignment(alignment, "the plan")
     _check_options(capacity, time_limit, seed)
     table = read_intervals(intervals, alignment)
+    check_pins(table)
     slots = make_slots(table)
     goal = slots.bound if capacity is None else max(slots.bound, capacity)
-    search = Search(slots, goal, time_limit, seed)
-    if capacity is None or capacity >= slots.bound:
-        search.run()
+    if exact:
+        require()
+    search = Search(slots, goal, time_limit, seed, table if exact else None)
+    if capacity is not None and capacity < slots.bound:  # hopeless: only how far it is off
+        search = Search(slots, goal, None, seed)
+    search.run()
     if capacity is not None and search.size > capacity:
         raise CapacityError(capacity_text(table, slots, capacity, search.size))
     offsets = np.maximum(table.pin, 0)
     offsets[slots.rows] = search.offsets
+    found_by = f"{search.found_by}; {search.note}" if search.note else search.found_by
     return MemoryPlan._make(
-        table, slots, table.spread(offsets), alignment, search.found_by, capacity
+        table, slots, table.spread(offsets), alignment, found_by, capacity, search.proven
     )
 
 

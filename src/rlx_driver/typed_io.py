@@ -17,7 +17,7 @@ from rlx_driver._ledger import ledger
 from rlx_driver._typed_values import Source
 from rlx_driver.backends.base import Backend, FunctionalBackend
 from rlx_driver.buffer import Buffer
-from rlx_driver.errors import DTypeError, ShapeError, ZeroCopyError
+from rlx_driver.errors import CaptureError, DTypeError, ShapeError, ZeroCopyError
 from rlx_driver.registry import registry
 
 __all__ = ["read_typed_to_f32", "write_typed_from_f32"]
@@ -92,7 +92,7 @@ def write_typed_from_f32(dst: Any, dtype: Any, src: Any, max_elems: int | None =
         whole, held = None, _size_of(dst, "dst")
     else:
         whole, owner = _writable(dst)
-        held = owner.facts(whole).byte_size
+        held = int(whole.shape[0])
     if needed > held:
         room = held // dt.itemsize
         raise ShapeError(
@@ -159,7 +159,7 @@ def read_typed_to_f32(src: Any, dtype: Any, n: int) -> np.ndarray[Any, np.dtype[
         whole, held = None, _size_of(src, "src")
     else:
         whole, owner = _readable(src)
-        held = owner.facts(whole).byte_size
+        held = int(whole.shape[0])
     if needed > held:
         raise ShapeError(
             f"{count:,} elements of {dt.name} were asked for, which are {needed:,} bytes; there "
@@ -171,6 +171,7 @@ def read_typed_to_f32(src: Any, dtype: Any, n: int) -> np.ndarray[Any, np.dtype[
     if whole is not None:
         return owner.read_f32(owner.index(whole, slice(0, needed)), dt)
     part = _part(src, needed)
+    _require_no_capture(part, "read")
     with part.read(part._backend.name) as native:
         return part._backend.read_f32(native, dt)
 
@@ -180,6 +181,8 @@ def read_typed_to_f32(src: Any, dtype: Any, n: int) -> np.ndarray[Any, np.dtype[
 
 def _writable(dst: Any) -> tuple[Any, Backend]:
     memory, backend = _readable(dst, "dst")
+    if _is_everyday(memory):
+        return memory, backend
     if isinstance(backend, FunctionalBackend):
         raise ZeroCopyError(
             f"dst is an array of {backend.name}, which is immutable: write to a Buffer, or to an "
@@ -193,11 +196,18 @@ def _writable(dst: Any) -> tuple[Any, Backend]:
     return memory, backend
 
 
+def _is_everyday(x: Any) -> bool:
+    """Tell quickly whether bytes are plain memory of the host that may be written."""
+    return type(x) is np.ndarray and x.dtype == _BYTE and x.ndim == 1 and bool(x.flags.carray)
+
+
 def _readable(x: Any, name: str = "src") -> tuple[Any, Backend]:
     """Give one run of bytes, and the backend of its array."""
     backend = registry.for_array(x)
     if backend is None:
         return _exported(x, name), registry.get("numpy")
+    if _is_everyday(x):
+        return x, backend
     facts = backend.facts(x)
     if facts.obstacle is not None and facts.obstacle.kind != "dtype":
         raise ZeroCopyError(f"{name} cannot be taken as bytes: {facts.obstacle}")
@@ -245,6 +255,15 @@ def _part(buffer: Buffer, nbytes: int) -> Buffer:
     return flat[:nbytes]
 
 
+def _require_no_capture(part: Buffer, what: str) -> None:
+    """Refuse before a scope is entered, which the graph would take for a part of it."""
+    if part._access.is_recording():
+        raise CaptureError(
+            f"a typed {what} was asked for inside a capture, where the host cannot take part: do "
+            "it before or after. Nothing was changed"
+        )
+
+
 def _require_bytes(theirs: Any, dtype: np.dtype[Any], name: str) -> None:
     if dtype != _BYTE:
         raise DTypeError(
@@ -254,6 +273,7 @@ def _require_bytes(theirs: Any, dtype: np.dtype[Any], name: str) -> None:
 
 
 def _write_buffer(part: Buffer, dt: np.dtype[Any], source: Source, count: int) -> None:
+    _require_no_capture(part, "write")
     owner = part._backend
     if isinstance(owner, FunctionalBackend):
         raw = np.empty(part.byte_size, np.uint8)

@@ -84,7 +84,7 @@ class Allocation(weakref.ref[Any]):
         """Say who made it, and count it there too; the caller holds its memory."""
         self.makers = makers
         self.pool = pool
-        accounting.note(pool.counter, self.nbytes)
+        accounting.events.append((pool.counter, None, self.nbytes, 1))
 
 
 class _Thread(threading.local):
@@ -102,7 +102,8 @@ class _Accounting:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._settling = False
-        self._events: deque[tuple[Counter, Pool | None, int, int]] = deque()
+        # (counter, pool, bytes, allocations); whoever claims an allocation adds to it.
+        self.events: deque[tuple[Counter, Pool | None, int, int]] = deque()
         self._counters: dict[Device, Counter] = {}
         self._live: dict[int, Allocation] = {}
         self._thread = _Thread()
@@ -125,21 +126,17 @@ class _Accounting:
         allocation.makers = ()
         allocation.pool = None
         self._live[id(allocation)] = allocation
-        self.note(counter, nbytes)
+        events = self.events
+        events.append((counter, None, nbytes, 1))
+        if len(events) > _UNSETTLED_LIMIT:
+            self.settle()
         if (made := self._thread.made) is not None:
             made.append(allocation)
         return allocation
 
     def _gone(self, allocation: Allocation) -> None:
         self._live.pop(id(allocation), None)
-        self._events.append((allocation.counter, allocation.pool, -allocation.nbytes, 0))
-
-    def note(self, counter: Counter, nbytes: int) -> None:
-        """Count a new allocation, at the latest when somebody looks."""
-        events = self._events
-        events.append((counter, None, nbytes, 1))
-        if len(events) > _UNSETTLED_LIMIT:
-            self.settle()
+        self.events.append((allocation.counter, allocation.pool, -allocation.nbytes, 0))
 
     def record(
         self, make: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs
@@ -161,7 +158,7 @@ class _Accounting:
                 return  # called by what a garbage collection runs in the middle of the loop below
             self._settling = True
             try:
-                events = self._events
+                events = self.events
                 while events:
                     counter, pool, nbytes, allocations = events.popleft()
                     counter.apply(nbytes, allocations)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlx_driver.errors import PlanError
@@ -102,16 +103,20 @@ class Fakes(TorchDispatchMode):  # type: ignore[misc]
             return value if value.fake_mode is self.mode else self._rebuilt(value)
         if value.is_leaf and id(value) not in self._grads:
             self._grads[id(value)] = (value, value.grad)
-        fake = self.mode.from_tensor(value, static_shapes=True)
+        with disable_proxy_modes_tracing():  # making it is no part of the program
+            fake = self.mode.from_tensor(value, static_shapes=True)
         if id(value) in self._sparse:
             self._sparse[id(fake)] = (fake, self._sparse[id(value)][1])
         return fake
 
     def _own(self, value: Any) -> Any:
         fake = self.one(value)
-        if fake is value and isinstance(value, torch.Tensor):
-            fake = value.detach().requires_grad_(value.requires_grad)
-        return fake
+        if not isinstance(fake, torch.Tensor):
+            return fake
+        own = fake.detach().requires_grad_(fake.requires_grad)
+        if id(fake) in self._sparse:
+            self._sparse[id(own)] = (own, self._sparse[id(fake)][1])
+        return own
 
     def _rebuilt(self, foreign: FakeTensor) -> Any:
         """Give a fake tensor like one of another mode."""
@@ -122,7 +127,7 @@ class Fakes(TorchDispatchMode):  # type: ignore[misc]
                 f"a tensor has the shape {tuple(foreign.shape)}, which depends on a symbol; pass "
                 "example arguments whose shapes are known"
             )
-        with self.mode:
+        with disable_proxy_modes_tracing(), self.mode:
             fake = torch.empty_strided(
                 foreign.shape, foreign.stride(), dtype=foreign.dtype, device=foreign.device
             )

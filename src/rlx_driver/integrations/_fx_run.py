@@ -84,10 +84,10 @@ class _Pass:
             return
         kind: Kind = "intermediate"
         if node.op == "placeholder":
-            result = self._fakes.tree(next(self._given))
+            result = self._fakes.tree(next(self._given), own=True)
             kind = "constant" if node.name in self._constants else "input"
         elif node.op == "get_attr":
-            result = self._fakes.tree(self._interpreter.run_node(node))
+            result = self._fakes.tree(self._interpreter.run_node(node), own=True)
             kind = "constant"
         else:
             result = self._interpreter.run_node(node)

@@ -79,7 +79,7 @@ def _of_function(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[I
             _explain(error, f"{name} cannot be traced by torch.fx")
             raise
     values = leaves(given)
-    return run(module, Fakes([*values, *held]), values, _explain)
+    return run(module, fakes, values, _explain)
 
 
 def _of_graph(
@@ -168,6 +168,11 @@ def _explain(error: Exception, what: str) -> None:
             raise PlanError(f"{what}, because of {error}: {advice}") from error
     if type(error).__name__.startswith("GuardOnDataDependent"):
         raise PlanError(f"{what}: a branch depends on values ({error}); use torch.where") from error
+    if isinstance(error, NotImplementedError) and "HigherOrderOperator" in str(error):
+        raise PlanError(
+            f"{what}: an operator that takes functions (torch.cond, while_loop, scan), which "
+            "has no one live range; plan the branches or the body on their own"
+        ) from error
     if "fake impl" in str(error):
         advice = _ADVICE[UnsupportedOperatorException]
         raise PlanError(f"{what}, because of {error}: {advice}") from error

@@ -1,0 +1,306 @@
+"""The chunks of typed I/O on CUDA, with an engine on the host that does its work as late as it may.
+
+What is enqueued is run only when somebody waits for an event, so memory that is used again too
+early shows wrong values.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import numpy as np
+import pytest
+
+import rlx_driver as rlx
+from typed_support import DTYPES, INTEGERS, assert_same, expected, random_values
+
+torch = pytest.importorskip("torch")
+
+from rlx_driver.backends import _cuda_staging as staging  # noqa: E402
+from rlx_driver.backends import _torch_typed as typed  # noqa: E402
+from rlx_driver.backends._torch_casts import device_reader, device_writer  # noqa: E402
+
+HOST = torch.device("cpu")
+CHUNK = 4096
+
+
+class Marker:
+    def __init__(self, engine, position):
+        self.engine, self.position = engine, position
+
+    def synchronize(self):
+        self.engine.log.append("wait")
+        self.engine.run_until(self.position)
+
+
+class LateEngine:
+    """A stream that does nothing before it is waited for."""
+
+    def __init__(self, fail_at=None, locked=None):
+        self.log = []
+        self.work = []
+        self.done = 0
+        self.calls = itertools.count()
+        self.fail_at = fail_at
+        self.locked = locked
+
+    def _call(self, name):
+        self.log.append(name)
+        if next(self.calls) == self.fail_at:
+            raise RuntimeError("failed on purpose")
+
+    def pinned(self, nbytes):
+        if self.locked is not None:
+            if self.locked == 0:
+                raise RuntimeError("no memory to lock")
+            self.locked -= 1
+        return torch.full((nbytes,), 0xAA, dtype=torch.uint8)
+
+    def scratch(self, nbytes):
+        return torch.full((nbytes,), 0xBB, dtype=torch.uint8)
+
+    def copy(self, target, source):
+        assert target.shape == source.shape
+        assert target.dtype == source.dtype
+        self._call("copy")
+        self.work.append(lambda: target.copy_(source))
+
+    def launch(self, work, *args):
+        self._call("launch")
+        self.work.append(lambda: work(*args))
+
+    def record(self):
+        self.log.append("record")
+        return Marker(self, len(self.work))
+
+    def run_until(self, position):
+        while self.done < position:
+            self.work[self.done]()
+            self.done += 1
+
+    def finish(self):
+        self.run_until(len(self.work))
+
+
+def casts(dtype, side):
+    """The device's cast, and the host's, which is what None means."""
+    make = device_writer if side == "write" else device_reader
+    found = make(dtype, HOST)
+    return [None] if found is None else [found, None]
+
+
+COUNTS = [1, CHUNK // 8 - 1, CHUNK // 4, CHUNK // 4 + 1, 5 * CHUNK // 4, 40_003]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("dtype", ["bf16", "f8_e4m3fn", "i32", "c128", "int4", "u64"])
+def test_a_write_is_right_when_the_device_is_late(dtype, count):
+    dtype = rlx.dtype(dtype)
+    values = random_values(count)[:count]
+    wanted = expected(dtype, values)
+    for cast in casts(dtype, "write"):
+        for start in (0, 1):
+            engine, pool = LateEngine(), staging.Pool(CHUNK)
+            raw = torch.full((wanted.nbytes + 9,), 0xEE, dtype=torch.uint8)
+            source = values.copy()
+            part = raw[start : start + wanted.nbytes]
+            typed.write_through(engine, pool, part, dtype, source, cast)
+            source[:] = np.nan  # the caller may change it now
+            engine.finish()
+            assert_same(np.frombuffer(part.numpy().tobytes(), dtype), wanted)
+            rest = [*raw[:start].tolist(), *raw[start + wanted.nbytes :].tolist()]
+            assert set(rest) == {0xEE}
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("dtype", ["bf16", "f8_e4m3fn", "i32", "c128", "int4", "u64"])
+def test_a_read_is_right_when_the_device_is_late(dtype, count):
+    dtype = rlx.dtype(dtype)
+    stored = expected(dtype, random_values(count)[:count])
+    with np.errstate(all="ignore"):
+        wanted = stored.real.astype(np.float32)
+    for cast in casts(dtype, "read"):
+        for start in (0, 1):
+            engine, pool = LateEngine(), staging.Pool(CHUNK)
+            raw = torch.zeros(stored.nbytes + start, dtype=torch.uint8)[start:]
+            engine.work.append(
+                lambda raw=raw: raw.copy_(torch.from_numpy(stored.view(np.uint8).copy()))
+            )  # earlier work of the stream
+            out = np.full(count, 7, np.float32)
+            typed.read_through(engine, pool, raw, dtype, out, cast)
+            assert_same(out, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_goes_through_chunks(dtype):
+    values = random_values(2000)
+    wanted = expected(dtype, values)
+    for cast in casts(dtype, "write"):
+        engine = LateEngine()
+        raw = torch.zeros(wanted.nbytes, dtype=torch.uint8)
+        typed.write_through(engine, staging.Pool(CHUNK), raw, dtype, values, cast)
+        engine.finish()
+        assert_same(raw.numpy().view(dtype), wanted)
+    for cast in casts(dtype, "read"):
+        out = np.zeros(values.size, np.float32)
+        typed.read_through(LateEngine(), staging.Pool(CHUNK), raw, dtype, out, cast)
+        with np.errstate(all="ignore"):
+            assert_same(out, wanted.real.astype(np.float32))
+
+
+def test_values_in_pinned_memory_are_not_staged(monkeypatch):
+    monkeypatch.setattr(staging, "DIRECT_CHUNK", CHUNK)
+    dtype = rlx.dtype("f8_e4m3fn")
+    values = random_values(5000)
+    wanted = expected(dtype, values)
+    engine = LateEngine()
+    raw = torch.zeros(wanted.nbytes, dtype=torch.uint8)
+    source = values.copy()
+    typed.write_pinned(engine, raw, dtype, source, device_writer(dtype, HOST))
+    source[:] = np.nan
+    assert_same(raw.numpy().view(dtype), wanted)
+    parts = -(-values.size // (CHUNK // 4))
+    assert engine.log == ["copy", "launch"] * parts + ["record", "wait"]
+
+
+def test_the_host_fills_ahead_and_waits_only_for_the_lane_it_needs():
+    engine, pool = LateEngine(), staging.Pool(CHUNK)
+    values = random_values(CHUNK * 2)[: 5 * CHUNK // 4]
+    raw = torch.zeros(values.size * 2, dtype=torch.uint8)
+    bf16 = rlx.dtype("bf16")
+    typed.write_through(engine, pool, raw, bf16, values, device_writer(bf16, HOST))
+    step = ["copy", "launch", "record"]
+    assert engine.log == step * staging.LANES + ["wait", *step] * 2
+    engine.log.clear()
+    out = np.zeros(values.size, np.float32)
+    again = staging.Pool(CHUNK)
+    typed.read_through(engine, again, raw, bf16, out, device_reader(bf16, HOST))
+    step = ["launch", "copy", "record"]
+    assert engine.log == step * staging.LANES + ["wait", *step] * 2 + ["wait"] * staging.LANES
+
+
+def test_lanes_of_an_earlier_transfer_are_waited_for():
+    pool, bf16 = staging.Pool(CHUNK, most=1), rlx.dtype("bf16")
+    first, second = random_values(400, 1), random_values(400, 2)
+    engine = LateEngine()
+    raws = [torch.zeros(1600, dtype=torch.uint8) for _ in range(2)]
+    for raw, values in zip(raws, (first, second), strict=True):
+        typed.write_through(engine, pool, raw, bf16, values, device_writer(bf16, HOST))
+    engine.finish()
+    for raw, values in zip(raws, (first, second), strict=True):
+        assert_same(raw.numpy().view(bf16), expected(bf16, values))
+
+
+@pytest.mark.parametrize("side", ["write", "read"])
+@pytest.mark.parametrize("fail_at", [0, 1, 2, 5, 8, 9])
+def test_a_failure_leaves_no_work_on_memory_that_is_free_again(side, fail_at):
+    bf16 = rlx.dtype("bf16")
+    values = random_values(5 * CHUNK // 8)
+    raw = torch.zeros(values.size * 2, dtype=torch.uint8)
+    pool, engine = staging.Pool(CHUNK, most=2), LateEngine(fail_at=fail_at)
+    out = np.zeros(values.size, np.float32)
+
+    def transfer():
+        if side == "write":
+            cast = device_writer(bf16, HOST)
+            typed.write_through(engine, pool, raw, bf16, values, cast)
+        else:
+            typed.read_through(engine, pool, raw, bf16, out, device_reader(bf16, HOST))
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        transfer()
+    assert engine.done == len(engine.work), "the device is done with every lane"
+    with pool.lanes(engine, 2) as lanes:
+        assert len(lanes) == 2
+        assert all(lane.busy is None for lane in lanes)
+    raw[:] = torch.from_numpy(expected(bf16, values).view(np.uint8).copy())
+    if side == "write":
+        raw.zero_()
+    transfer()
+    engine.finish()
+    assert_same(raw.numpy().view(bf16), expected(bf16, values))
+    if side == "read":
+        assert_same(out, expected(bf16, values).astype(np.float32))
+
+
+def test_where_little_memory_can_be_locked_fewer_lanes_do():
+    bf16 = rlx.dtype("bf16")
+    values = random_values(3000)
+    engine, pool = LateEngine(locked=1), staging.Pool(CHUNK)
+    raw = torch.zeros(values.size * 2, dtype=torch.uint8)
+    typed.write_through(engine, pool, raw, bf16, values, device_writer(bf16, HOST))
+    engine.finish()
+    assert_same(raw.numpy().view(bf16), expected(bf16, values))
+    with pytest.raises(typed._NoPinnedMemory):
+        typed.write_through(
+            LateEngine(locked=0), staging.Pool(CHUNK), raw, bf16, values, device_writer(bf16, HOST)
+        )
+
+
+def test_a_pool_is_bounded_and_its_lanes_are_used_again(monkeypatch):
+    engine, pool = LateEngine(), staging.Pool(CHUNK, most=4)
+    waiting, wait = threading.Event(), pool._changed.wait
+    monkeypatch.setattr(pool._changed, "wait", lambda: (waiting.set(), wait()))
+    with pool.lanes(engine, 3) as first:
+        with pool.lanes(engine, 3) as second:
+            assert (len(first), len(second)) == (3, 1)
+            got = []
+            thread = threading.Thread(target=lambda: got.append(_take_one(pool, engine)))
+            thread.start()
+            assert waiting.wait(60), "there is no lane left, so it waits"
+            assert not got
+        thread.join()
+        assert got[0] is second[0]
+    with pool.lanes(engine, 9) as all_lanes:
+        assert {id(lane) for lane in all_lanes} == {id(lane) for lane in (*first, *second)}
+
+
+def _take_one(pool, engine):
+    with pool.lanes(engine, 1) as lanes:
+        return lanes[0]
+
+
+def test_reset_frees_what_is_not_in_use():
+    engine, pool = LateEngine(), staging.Pool(CHUNK, most=2)
+    with pool.lanes(engine, 1) as kept:
+        with pool.lanes(engine, 1) as freed:
+            engine.work.append(lambda: None)
+            freed[0].busy = engine.record()
+        pool.reset()
+        assert engine.done == 1, "the device was done with it first"
+        with pool.lanes(engine, 2) as fresh:
+            assert len(fresh) == 1
+            assert fresh[0] is not freed[0]
+    with pool.lanes(engine, 2) as lanes:
+        assert kept[0] in lanes
+    staging.reset()
+
+
+def test_threads_share_a_pool():
+    pool = staging.Pool(CHUNK, most=4)
+    bf16 = rlx.dtype("bf16")
+    found = {}
+
+    def work(seed):
+        values = random_values(4000, seed)
+        raw = torch.zeros(values.size * 2, dtype=torch.uint8)
+        engine = LateEngine()
+        for _ in range(5):
+            typed.write_through(engine, pool, raw, bf16, values, device_writer(bf16, HOST))
+        out = np.zeros(values.size, np.float32)
+        typed.read_through(engine, pool, raw, bf16, out, device_reader(bf16, HOST))
+        found[seed] = out
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in range(6):
+        wanted = expected(bf16, random_values(4000, seed)).astype(np.float32)
+        assert_same(found[seed], wanted)
+
+
+def test_the_host_converts_what_no_cast_of_the_device_can():
+    assert {d for d in DTYPES if device_writer(d, HOST) is None} <= set(INTEGERS)
