@@ -699,3 +699,31 @@ def test_an_arena_that_stays_open_is_a_leak():
     kept.pop().close()
     with rlx.no_leaks():
         Arena(small_plan()).close()
+
+
+def test_slots_stand_in_trees_side_by_side_unless_they_overlap():
+    plan = rlx.plan_memory(
+        [typed("a", 64, 0, 2), typed("b", 64, 1, 3), typed("c", 64, 3, 4), typed("d", 64, 4, 4)]
+    )
+    with Arena(plan) as arena:
+        tree = {"a": arena.buffer("a"), "b": arena.buffer("b")}
+        places = {name: slot.address for name, slot in tree.items()}
+
+        def step(state):
+            return {"a": state["a"] + 1, "b": state["b"] + state["a"]}
+
+        with rlx.no_copies():
+            for _ in range(3):
+                rlx.update(tree, step)
+        assert arena.read("a").tolist() == [3] * 64
+        assert arena.read("b").tolist() == [3] * 64
+        assert {name: slot.address for name, slot in tree.items()} == places
+        with rlx.write(tree, "torch") as views:
+            views["a"].fill_(7)
+        state = jax.jit(lambda s: step(s), donate_argnums=0)(rlx.views(tree, "jax"))
+        with rlx.no_copies():
+            rlx.commit(tree, state)
+        assert (arena.read("a")[0], arena.read("b")[0]) == (8, 10)
+        assert plan.offset("c") == plan.offset("a")
+        with pytest.raises(rlx.DuplicateError):
+            rlx.update({"a": arena.buffer("a"), "c": arena.buffer("c")}, lambda s: s)
