@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("rlx-driver", "numpy", "ml_dtypes", "torch", "jax", "jaxlib")
+PLANNERS = ("numpy", "omnimalloc", "tinygrad")
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,46 @@ class Row:
         return self.ratio >= self.target if self.faster else self.ratio <= self.target
 
 
+@dataclass(frozen=True)
+class Score:
+    """One plan of one trace by one planner.
+
+    Attributes
+    ----------
+    name, planner
+        The trace, and who planned it.
+    buffers
+        How many the trace has.
+    size, bound
+        Bytes of the plan, and of the lower bound.
+    seconds
+        Time of one plan.
+    ratio_target, time_target
+        Bounds on the ratio and on the seconds; None for information.
+    """
+
+    name: str
+    planner: str
+    buffers: int
+    size: int
+    bound: int
+    seconds: float
+    ratio_target: float | None = None
+    time_target: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        """Size over lower bound."""
+        return self.size / self.bound
+
+    @property
+    def met(self) -> bool | None:
+        """Whether both targets are met; None without any."""
+        if self.ratio_target is None or self.time_target is None:
+            return None
+        return self.ratio <= self.ratio_target and self.seconds <= self.time_target
+
+
 def best_of(
     *functions: Callable[[], object], number: int, repeat: int = 9, warmup: int = 2
 ) -> list[float]:
@@ -92,11 +133,11 @@ def machine(device: str) -> dict[str, str]:
     """Say where and with what a run was made."""
     facts = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": device,
+        "device": "cpu" if device == "plan" else device,
         "cpu": f"{platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
     }
-    for package in PACKAGES:
+    for package in PLANNERS if device == "plan" else PACKAGES:
         try:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -108,7 +149,7 @@ def machine(device: str) -> dict[str, str]:
     return facts
 
 
-def report(label: str, rows: list[Row], facts: dict[str, str], folder: Path) -> str:
+def report(label: str, rows: list[Row] | list[Score], facts: dict[str, str], folder: Path) -> str:
     """Write ``label.json`` and ``label.md``, and give the Markdown."""
     folder.mkdir(parents=True, exist_ok=True)
     data = [asdict(row) | {"ratio": row.ratio, "met": row.met} for row in rows]
@@ -116,7 +157,9 @@ def report(label: str, rows: list[Row], facts: dict[str, str], folder: Path) -> 
         json.dumps({"machine": facts, "rows": data}, indent=1) + "\n"
     )
     measured = ", ".join(f"{key} {value}" for key, value in facts.items())
-    text = f"Measured {measured}.\n\n{_table(rows)}\n"
+    scores = [row for row in rows if isinstance(row, Score)]
+    table = _scores(scores) if scores else _table([row for row in rows if isinstance(row, Row)])
+    text = f"Measured {measured}.\n\n{table}\n"
     (folder / f"{label}.md").write_text(text)
     return text
 
@@ -130,6 +173,30 @@ def _table(rows: list[Row]) -> str:
         cells.append([row.name, ours, row.against, theirs, ratio, _target(row), met])
     headers = ["what", "ours", "against", "theirs", "ratio", "target", "met"]
     return tabulate(cells, headers, tablefmt="github", disable_numparse=True)
+
+
+def _scores(scores: list[Score]) -> str:
+    """Give a line for each trace, and in it ratio and time of each planner."""
+    planners = list(dict.fromkeys(score.planner for score in scores))
+    cells = []
+    for name in dict.fromkeys(score.name for score in scores):
+        these = {score.planner: score for score in scores if score.name == name}
+        found = [these.get(planner) for planner in planners]
+        met = {score.met for score in these.values()} - {None}
+        cells.append(
+            [
+                name,
+                f"{next(iter(these.values())).buffers:,}",
+                *("" if each is None else _score(each) for each in found),
+                "**no**" if False in met else "yes" if met else "",
+            ]
+        )
+    headers = ["trace", "buffers", *planners, "met"]
+    return tabulate(cells, headers, tablefmt="github", disable_numparse=True)
+
+
+def _score(score: Score) -> str:
+    return f"{score.ratio:.4f}, {_amount(score.seconds, 's')}"
 
 
 def _target(row: Row) -> str:

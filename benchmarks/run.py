@@ -9,8 +9,19 @@ from pathlib import Path
 from benchmarks.harness import RESULTS, machine, report
 
 SUITES = {
-    "cpu": ("import", "views", "exchange", "update", "tree", "fence", "memory", "typed_io"),
+    "cpu": (
+        "import",
+        "views",
+        "exchange",
+        "update",
+        "tree",
+        "fence",
+        "memory",
+        "typed_io",
+        "snapshot",
+    ),
     "cuda": ("cuda", "order", "cuda_typed_io"),
+    "plan": ("plan",),
 }
 
 

@@ -68,14 +68,12 @@ def out_form(op: Any) -> tuple[Any, list[str]] | None:
     return None
 
 
-def copy_into(
-    op: Any, slots: Sequence[torch.Tensor | None], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def copy_into(op: Any, slots: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Run an operator that has no ``out=`` form, and copy its results to where they belong."""
     results = op(*args, **kwargs)
     results = [results] if isinstance(results, torch.Tensor) else results
     for slot, result in zip(slots, results, strict=True):
-        if slot is not None:
+        if isinstance(slot, torch.Tensor):
             slot.copy_(result)
 
 
@@ -87,8 +85,8 @@ def written_argument(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return None
 
 
-def results_of(node: torch.fx.Node) -> list[tuple[str, torch.Tensor | None]]:
-    """Return the results of a node as traced, each with its name in the plan."""
+def results_of(node: torch.fx.Node) -> list[tuple[str, Any]]:
+    """Return the results of a node as traced, each with its name in the plan if it is a tensor."""
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
         return [(node.name, value)]
@@ -155,7 +153,7 @@ class ArenaProgram:
         outside = {node.name for node in self._nodes if node in self._held or node.op == "get_attr"}
         for node in self._nodes:
             for name, value in results_of(node):
-                if value is not None and value.device != self.device:
+                if isinstance(value, torch.Tensor) and value.device != self.device:
                     outside.add(name)  # a number that torch keeps on the host, as a tensor
         roots = {self._root(name) for name in outside if name in self._lives}
         return [life for life in self._lives.values() if self._root(life.node) not in roots]
@@ -177,7 +175,7 @@ class ArenaProgram:
             A view is not where the plan has it.
         """
         self.arena = arena
-        self._watched = arena.plan is not self.plan  # a debug arena, which looks at all its memory
+        self._watched = arena.is_debug
         self.how = {}
         self.tensors: dict[str, torch.Tensor] = {}  # of each node in the arena
         self._calls: list[tuple[int, Callable[[], Any]]] = []
@@ -220,18 +218,18 @@ class ArenaProgram:
         if torch.Tag.inplace_view in op.tags:
             raise ValueError(f"{node.name} ({op}) changes a shape in place: use a view instead")
         whole = functools.partial(op, *args, **kwargs)
-        if all(value is None or self._root(name) != name for name, value in results):
+        if all(name not in self._lives or self._root(name) != name for name, _ in results):
             if op._schema.is_mutable or not results:
                 self.how[node.name] = "in place"
                 return (written_argument(op, args, kwargs) if results else None), whole
             self.how[node.name] = "view"
             return whole(), None  # of memory that stays where it is: once is enough
-        slots = [None if value is None else self._slot(name, value) for name, value in results]
+        slots = [self._slot(name, value) for name, value in results]
         several = not isinstance(node.meta["val"], torch.Tensor)
         self.how[node.name] = "out"
         if op in WRITES:
             call = functools.partial(WRITES[op], slots[0], args[0])
-        elif not op._schema.is_mutable and None not in slots and (form := out_form(op)):
+        elif not op._schema.is_mutable and (form := out_form(op)):
             into = dict(zip(form[1], slots, strict=True))
             takes = {argument.name for argument in form[0]._schema.arguments}
             rest = {name: value for name, value in kwargs.items() if name in takes}
@@ -241,8 +239,10 @@ class ArenaProgram:
             call = functools.partial(copy_into, op, slots, args, kwargs)
         return (slots if several else slots[0]), call
 
-    def _slot(self, name: str, value: torch.Tensor) -> torch.Tensor:
+    def _slot(self, name: str, value: Any) -> Any:
         """Return the tensor of a node in its slot, with the strides that torch gave it."""
+        if not isinstance(value, torch.Tensor):
+            return value  # None, or a number that is always the same
         if name not in self.plan:
             like = {"dtype": value.dtype, "device": value.device}
             return torch.empty_strided(value.shape, value.stride(), **like)
@@ -278,7 +278,8 @@ class ArenaProgram:
             for slot, value in zip(self._inputs, inputs, strict=True):
                 slot.copy_(value)
             for step, call in self._calls:
-                self.arena.advance(step)  # a debug arena now poisons what has died
+                if self._watched:
+                    self.arena.advance(step)  # poisons what has died, and looks at it
                 call()
         self.arena.advance(len(self._nodes) - 1)
         return self.outputs

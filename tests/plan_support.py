@@ -6,8 +6,10 @@ import csv
 import itertools
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import rlx_driver as rlx
+if TYPE_CHECKING:
+    import rlx_driver as rlx
 
 TRACES = Path(__file__).resolve().parent.parent / "benchmarks" / "data" / "planner"
 
@@ -25,6 +27,7 @@ def smallest(intervals: list[rlx.Interval], alignment: int) -> int:
 
     A best plan, slot by slot in the order of its offsets, is no lower than the lowest fits are.
     """
+    intervals = [each for each in intervals if each.size]
     fixed = [(each, each.offset) for each in intervals if each.offset is not None]
     free = [each for each in intervals if each.offset is None]
     best = 2**62
@@ -97,6 +100,5 @@ def tiling(count: int, width: int, height: int, seed: int = 0) -> list[tuple[int
             break
     random_.shuffle(tiles)
     return [
-        (node, high - low, left, right - 1)
-        for node, (left, right, low, high) in enumerate(tiles)
+        (node, high - low, left, right - 1) for node, (left, right, low, high) in enumerate(tiles)
     ]

@@ -9,6 +9,10 @@ import pytest
 
 import rlx_driver as rlx
 from plan_support import clashes, tiling, trace, training
+from rlx_driver import _plan_search
+from rlx_driver._plan_intervals import read_intervals
+from rlx_driver._plan_slots import make_slots
+from rlx_driver._plan_sweep import PeakSweep
 from support import must_run
 
 REAL = ["fx_bert_12L_train", "fx_gpt2_12L_infer", "fx_resnet50_infer", "jaxpr_tf12_train"]
@@ -189,8 +193,11 @@ def test_pins_may_share_bytes_at_different_steps():
 
 def test_a_pinned_alias_pins_its_root():
     plan = rlx.plan_memory(
-        [("a", 64, 0, 0), I("x", 256, 0, 0), I("v", 64, 0, 0, alias_of="x", alias_offset=64,
-                                               offset=320)]
+        [
+            ("a", 64, 0, 0),
+            I("x", 256, 0, 0),
+            I("v", 64, 0, 0, alias_of="x", alias_offset=64, offset=320),
+        ]
     )
     assert plan.offset("x") == 256
     assert plan.offset("v") == 320
@@ -249,6 +256,14 @@ def test_sizes_that_are_no_multiple_of_the_alignment_can_be_optimal():
     assert plan.optimal
 
 
+def test_the_last_part_of_a_grain_is_left_alone():
+    """The bound ends inside the last 64 bytes, so no slot of whole grains may end there."""
+    work = [("p", 192, 0, 0), ("q", 64, 0, 5), ("r", 64, 0, 0), ("b", 1, 0, 0), ("d", 128, 1, 2)]
+    slots = make_slots(read_intervals(work, 64))
+    laid = PeakSweep(slots).plan(np.arange(4), 2**40)
+    assert int((laid + slots.size).max()) == slots.bound == 321
+
+
 def test_the_same_plan_every_time():
     for name in ("minimalloc_A", "fx_gpt2_12L_infer"):
         one, other = (rlx.plan_memory(trace(name)) for _ in range(2))
@@ -265,6 +280,13 @@ def test_time_makes_it_no_worse():
     assert rlx.plan_memory(work, time_limit=0.4).size <= rlx.plan_memory(work).size
     first = rlx.plan_memory(work, time_limit=0)
     assert clashes(first) == []
+
+
+def test_time_is_used(monkeypatch):
+    """With no work but the first sweep to be done without a limit, a limit finds more."""
+    monkeypatch.setattr(_plan_search, "_work", lambda count: 0)
+    first = rlx.plan_memory(trace("minimalloc_A"))
+    assert rlx.plan_memory(trace("minimalloc_A"), time_limit=0.5).size < first.size
 
 
 def test_time_goes_on_where_nothing_but_shuffling_is_left():
@@ -344,7 +366,7 @@ def test_exact_does_without_what_omnimalloc_does_not_publish(monkeypatch, gone):
     import omnimalloc._cpp
 
     # The public solver has taken what it needs already.
-    import omnimalloc.allocators.supermalloc  # noqa: F401
+    import omnimalloc.allocators.supermalloc
 
     monkeypatch.delattr(omnimalloc._cpp, gone)
     plan = rlx.plan_memory(trace("minimalloc_C"), exact=True, time_limit=60)
@@ -354,7 +376,7 @@ def test_exact_does_without_what_omnimalloc_does_not_publish(monkeypatch, gone):
 
 def test_a_wrong_answer_of_omnimalloc_is_thrown_away(monkeypatch):
     pytest.importorskip("omnimalloc")
-    from rlx_driver import _plan_exact, _plan_search
+    from rlx_driver import _plan_exact
 
     def solve(table, slots, goal, seconds):
         yield _plan_exact.Exact(np.zeros(len(slots), np.int64), True)
@@ -427,21 +449,24 @@ def test_a_node_twice():
 
 
 def test_aliases_in_a_circle():
-    work = [I("a", 8, 0, 0, alias_of="b"), I("b", 8, 0, 0, alias_of="c"),
-            I("c", 8, 0, 0, alias_of="b")]
+    work = [
+        I("a", 8, 0, 0, alias_of="b"),
+        I("b", 8, 0, 0, alias_of="c"),
+        I("c", 8, 0, 0, alias_of="b"),
+    ]
     with pytest.raises(rlx.PlanError, match="'b' -> 'c' -> 'b'"):
         rlx.plan_memory(work)
 
 
 def test_pins_that_disagree():
     work = [I("x", 64, 0, 0, offset=0), I("v", 8, 0, 0, alias_of="x", alias_offset=8, offset=72)]
-    with pytest.raises(rlx.PlanError, match="'v' is pinned to 72.*'x'"):
+    with pytest.raises(rlx.PlanError, match=r"'v' is pinned to 72.*'x'"):
         rlx.plan_memory(work)
 
 
 def test_pins_that_overlap():
     work = [I("p", 65, 0, 4, offset=0), I("q", 64, 4, 5, offset=64), ("a", 64, 0, 9)]
-    with pytest.raises(rlx.PlanError, match="'p' .*bytes 0 to 65.*'q' .*bytes 64 to 128"):
+    with pytest.raises(rlx.PlanError, match=r"'p' .*bytes 0 to 65.*'q' .*bytes 64 to 128"):
         rlx.plan_memory(work, capacity=0)
 
 
@@ -453,8 +478,16 @@ def test_bad_alignment(alignment):
 
 @pytest.mark.parametrize(
     "options",
-    [{"capacity": -1}, {"capacity": 1.5}, {"capacity": True}, {"time_limit": -1},
-     {"time_limit": "1"}, {"time_limit": float("nan")}, {"seed": -1}, {"seed": 1.5}],
+    [
+        {"capacity": -1},
+        {"capacity": 1.5},
+        {"capacity": True},
+        {"time_limit": -1},
+        {"time_limit": "1"},
+        {"time_limit": float("nan")},
+        {"seed": -1},
+        {"seed": 1.5},
+    ],
 )
 def test_bad_options(options):
     with pytest.raises(rlx.PlanError, match=next(iter(options))):
@@ -470,8 +503,12 @@ def test_what_is_no_iterable():
 
 
 def test_a_plan_of_given_offsets():
-    work = [("a", 64, 0, 1), I("v", 8, 0, 1, alias_of="a", alias_offset=8), ("b", 64, 1, 2),
-            ("none", 0, 0, 0)]
+    work = [
+        ("a", 64, 0, 1),
+        I("v", 8, 0, 1, alias_of="a", alias_offset=8),
+        ("b", 64, 1, 2),
+        ("none", 0, 0, 0),
+    ]
     plan = rlx.MemoryPlan.from_offsets(work, {"a": 64, "b": 256})
     assert (plan.offset("a"), plan.offset("v"), plan.offset("b")) == (64, 72, 256)
     assert plan.size == 320
@@ -503,25 +540,27 @@ def test_offsets_that_are_wrong(offsets, error, said):
         rlx.MemoryPlan.from_offsets(work, offsets)
 
 
-def test_an_overlap_behind_many_others_is_found():
-    plan = rlx.plan_memory(training(100))
+@pytest.mark.parametrize("row", [0, 7, 5000, 12_000])
+def test_an_overlap_behind_many_others_is_found(row):
+    work = training(1000)
+    plan = rlx.plan_memory(work)
     offsets = {node: plan.offset(node) for node in plan}
-    nodes = list(plan)
-    moved, other = nodes[500], next(
-        node for node in nodes if plan.life(node)[0] <= plan.life(nodes[500])[0] <=
-        plan.life(node)[1] and node != nodes[500]
-    )
+    moved = plan.nodes[row]
+    other = next(node for node in plan.alive_at(plan.life(moved)[0]) if node != moved)
     offsets[moved] = offsets[other]
     with pytest.raises(rlx.PlanError, match="share memory"):
-        rlx.MemoryPlan.from_offsets(training(100), offsets)
+        rlx.MemoryPlan.from_offsets(work, offsets)
 
 
 # in words and in pictures
 
 
 def test_the_report():
-    work = [*((f"n{n}", 64 * (n + 1), n, n + 4) for n in range(20)), ("none", 0, 0, 0),
-            I("v", 8, 0, 0, alias_of="n0")]
+    work = [
+        *((f"n{n}", 64 * (n + 1), n, n + 4) for n in range(20)),
+        ("none", 0, 0, 0),
+        I("v", 8, 0, 0, alias_of="n0"),
+    ]
     plan = rlx.plan_memory(work, capacity=10_000)
     text = plan.report()
     for said in (

@@ -126,24 +126,20 @@ def test_few_slots_are_planned_as_well_as_can_be(program):
 @given(program=programs(aliases=False), alignment=POWERS, capacity=st.integers(0, 20_000))
 def test_a_capacity_is_kept_or_refused(program, alignment, capacity):
     plan = try_to_plan(program, alignment=alignment)
-    try:
+    if plan.size <= capacity:
         fitting = rlx.plan_memory(program, alignment=alignment, capacity=capacity)
-    except rlx.CapacityError as error:
-        assert plan.size > capacity
-        assert f"{capacity} bytes" in str(error)
-        assert "alive" in str(error)
-    else:
         assert fitting.size <= capacity
         assert fitting.capacity == capacity
+    else:
+        with pytest.raises(rlx.CapacityError, match=rf"{capacity} bytes(.|\n)*alive"):
+            rlx.plan_memory(program, alignment=alignment, capacity=capacity)
 
 
 @settings(max_examples=100, deadline=None)
 @given(program=programs(pins=False, aliases=False), data=st.data())
 def test_the_validator_finds_what_looking_at_all_pairs_finds(program, data):
     program = [each for each in program if each.size]
-    offsets = {
-        each.node: data.draw(st.integers(0, 30)) * (each.alignment or 8) for each in program
-    }
+    offsets = {each.node: data.draw(st.integers(0, 30)) * (each.alignment or 8) for each in program}
     overlap = any(
         one.first <= other.last
         and other.first <= one.last
@@ -171,7 +167,7 @@ def test_exact_is_never_worse(program, alignment):
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(program=programs(most=5, pins=False, aliases=False, largest=20))
+@given(program=programs(most=5, pins=False, aliases=False, alignments=False, largest=20))
 def test_exact_finds_the_best(program):
     pytest.importorskip("omnimalloc")
     plan = rlx.plan_memory(program, alignment=1, exact=True, time_limit=5)

@@ -13,6 +13,7 @@ import pytest
 
 import rlx_driver as rlx
 from rlx_driver import _casts
+from rlx_driver._casts_numpy import writer
 from rlx_driver.dtypes import TABLE
 from support import installed, must_run, offset
 from typed_support import (
@@ -467,6 +468,18 @@ def test_values_may_be_a_view_of_the_buffer(framework):
     assert_same(np.frombuffer(found, BF16), expected(BF16, values))
 
 
+@pytest.mark.jax
+def test_values_may_be_an_array_of_jax_from_another_part_of_the_buffer():
+    values = random_values(4096)
+    buffer = rlx.Buffer.from_array(np.concatenate([values, values]), copy=True)
+    half = values.nbytes
+    memory = buffer.view("u8", (2 * half,))
+    source = buffer[: values.size].jax()
+    assert rlx.write_typed_from_f32(memory[half:], "bf16", source) == values.size
+    found = memory.numpy()[half : half + 2 * values.size].tobytes()
+    assert_same(np.frombuffer(found, BF16), expected(BF16, values))
+
+
 # --- the discipline of memory --------------------------------------------------------------------
 
 
@@ -665,6 +678,12 @@ def test_casts_of_a_device_agree(dtype):
     read(found, torch.from_numpy(wanted.view(np.uint8).copy()))
     with np.errstate(all="ignore"):
         assert_same(found.numpy(), wanted.real.astype(np.float32))
+
+
+def test_float8_e8m0fnu_is_written_by_its_bits():
+    dtype = rlx.dtype("f8_e8m0fnu")
+    assert writer(dtype, 1 << 16) is writer(dtype, 1 << 20)
+    assert writer(dtype, 1 << 16).__name__ == "_write_exponents"
 
 
 def test_every_dtype_of_the_table_is_covered():

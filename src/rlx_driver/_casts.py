@@ -25,17 +25,25 @@ HOST_KERNELS_FROM = 16384
 """Elements from which a framework's kernels are worth asking for."""
 
 
+_found: dict[np.dtype[Any], tuple[Kernel | None, Kernel | None]] = {}
+
+
 def framework_kernels(dtype: np.dtype[Any]) -> tuple[Kernel | None, Kernel | None]:
     """Give torch's kernels (to write, to read) for a dtype, where it is loaded and they agree.
 
     torch is never imported for this.
     """
+    found = _found.get(dtype)
+    if found is not None:
+        return found
     if "torch" not in sys.modules:
         return None, None
     try:
-        return registry.get("torch").host_casts(dtype)
+        found = registry.get("torch").host_casts(dtype)
     except DriverError:  # torch is half imported, or broken: NumPy does as well
         return None, None
+    _found[dtype] = found
+    return found
 
 
 def write_cast(
@@ -55,10 +63,10 @@ def write_cast(
     """
     if np.may_share_memory(raw, source):  # contiguous, so this is exact
         source = source.copy()
-    kernel = framework_kernels(dtype)[0] if source.size >= HOST_KERNELS_FROM else None
-    if kernel is not None:
-        _write(kernel, raw, dtype, source)
-        return
+    if source.size >= HOST_KERNELS_FROM:
+        kernel = framework_kernels(dtype)[0]
+        if kernel is not None and _write(kernel, raw, dtype, source):
+            return
     with np.errstate(all="ignore"):
         _write(writer(dtype, source.size), raw, dtype, source)
 
@@ -76,10 +84,10 @@ def read_cast(raw: np.ndarray[Any, Any], dtype: np.dtype[Any], out: np.ndarray[A
         One-dimensional contiguous float32 of ``raw.size // dtype.itemsize`` elements; it does not
         overlap `raw`.
     """
-    kernel = framework_kernels(dtype)[1] if out.size >= HOST_KERNELS_FROM else None
-    if kernel is not None:
-        _read(kernel, raw, dtype, out)
-        return
+    if out.size >= HOST_KERNELS_FROM:
+        kernel = framework_kernels(dtype)[1]
+        if kernel is not None and _read(kernel, raw, dtype, out):
+            return
     with np.errstate(all="ignore"):
         _read(reader(dtype, out.size), raw, dtype, out)
 
@@ -89,32 +97,37 @@ def _write(
     raw: np.ndarray[Any, Any],
     dtype: np.dtype[Any],
     source: np.ndarray[Any, Any],
-) -> None:
-    """Call a kernel, on aligned copies of one block after the other where it has to be."""
+) -> bool:
+    """Call a kernel, on aligned copies of one block after the other where it has to be.
+
+    Returns False where the kernel cannot be used here.
+    """
     if _aligned(raw, dtype) and source.flags.aligned:
-        kernel(raw, source)
-        return
+        return kernel(raw, source) is not False
     size, count = dtype.itemsize, min(source.size, BLOCK)
     values, scratch = np.empty(count, np.float32), np.empty(count, dtype).view(np.uint8)
     for start in range(0, source.size, BLOCK):
         n = min(BLOCK, source.size - start)
         values[:n] = source[start : start + n]
-        kernel(scratch[: n * size], values[:n])
+        if kernel(scratch[: n * size], values[:n]) is False:
+            return False
         raw[start * size : (start + n) * size] = scratch[: n * size]
+    return True
 
 
 def _read(
     kernel: Kernel, raw: np.ndarray[Any, Any], dtype: np.dtype[Any], out: np.ndarray[Any, Any]
-) -> None:
+) -> bool:
     if _aligned(raw, dtype):
-        kernel(raw, out)
-        return
+        return kernel(raw, out) is not False
     size = dtype.itemsize
     scratch = np.empty(min(out.size, BLOCK), dtype).view(np.uint8)
     for start in range(0, out.size, BLOCK):
         n = min(BLOCK, out.size - start)
         scratch[: n * size] = raw[start * size : (start + n) * size]
-        kernel(scratch[: n * size], out[start : start + n])
+        if kernel(scratch[: n * size], out[start : start + n]) is False:
+            return False
+    return True
 
 
 def _aligned(raw: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> bool:

@@ -24,7 +24,7 @@ __all__ = [
     "writer",
 ]
 
-Kernel = Callable[[np.ndarray[Any, Any], np.ndarray[Any, Any]], None]
+Kernel = Callable[[np.ndarray[Any, Any], np.ndarray[Any, Any]], object]
 
 BLOCK = 1 << 16
 """Elements of a block: large against the cost of a call, and near the size of the cache."""

@@ -53,9 +53,7 @@ def collapse(
         _pin(table, row)
 
 
-def _parents(
-    table: Table, alias_of: Sequence[Any], offsets: NDArray[np.int64]
-) -> list[int]:
+def _parents(table: Table, alias_of: Sequence[Any], offsets: NDArray[np.int64]) -> list[int]:
     parents = []
     for row, target in enumerate(alias_of):
         node = table.nodes[row]
@@ -86,8 +84,8 @@ def _parents(
 
 
 def _follow(table: Table, parents: list[int], offsets: NDArray[np.int64], row: int) -> None:
-    chain = []
-    walked = set()
+    chain: list[int] = []
+    walked: set[int] = set()
     at = row
     while parents[at] != at:
         if at in walked:

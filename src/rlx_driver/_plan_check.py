@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rlx_driver._plan_intervals import Table
 
 __all__ = ["check_pins", "validate"]
+
+_CHUNK = 1000
 
 
 def validate(table: Table, offsets: NDArray[np.int64]) -> None:
@@ -57,22 +59,37 @@ def _check_apart(table: Table, offsets: NDArray[np.int64], rows: NDArray[np.int6
 def _sweep(
     table: Table, offsets: NDArray[np.int64], events: list[int], low: list[int], high: list[int]
 ) -> None:
-    # A new slot needs to look at its two neighbours only.
-    starts: list[int] = []  # offsets of the slots alive, rising
+    # A new slot needs to look at its two neighbours only. The offsets alive are kept in chunks, so
+    # that one more moves few of them; chunk c holds those from bounds[c] up.
+    chunks: list[list[int]] = [[]]
+    bounds = [-1]
     owner: dict[int, int] = {}
     for event in events:
         if event < 0:
             start = low[~event]
-            del starts[bisect_left(starts, start)]
+            at = bisect_right(bounds, start) - 1
+            chunk = chunks[at]
+            del chunk[bisect_left(chunk, start)]
+            if not chunk and at:
+                del chunks[at], bounds[at]
             continue
         start = low[event]
-        at = bisect_left(starts, start)
-        if at < len(starts) and starts[at] < high[event]:
-            raise _overlap(table, offsets, owner[starts[at]], event)
-        if at and high[owner[starts[at - 1]]] > start:
-            raise _overlap(table, offsets, owner[starts[at - 1]], event)
-        starts.insert(at, start)
+        at = bisect_right(bounds, start) - 1
+        chunk = chunks[at]
+        place = bisect_left(chunk, start)
+        above = chunk[place : place + 1] or (chunks[at + 1][:1] if at + 1 < len(chunks) else [])
+        if above and above[0] < high[event]:
+            raise _overlap(table, offsets, owner[above[0]], event)
+        below = chunk[place - 1 : place] if place else chunks[at - 1][-1:] if at else []
+        if below and high[owner[below[0]]] > start:
+            raise _overlap(table, offsets, owner[below[0]], event)
+        chunk.insert(place, start)
         owner[start] = event
+        if len(chunk) > _CHUNK:
+            half = len(chunk) // 2
+            chunks.insert(at + 1, chunk[half:])
+            bounds.insert(at + 1, chunk[half])
+            del chunk[half:]
 
 
 def _check_offsets(table: Table, offsets: NDArray[np.int64]) -> None:

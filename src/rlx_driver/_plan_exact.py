@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from rlx_driver._plan_slots import Slots
     from rlx_driver._plan_intervals import Table
+    from rlx_driver._plan_slots import Slots
 
 __all__ = ["SECONDS", "Exact", "refusal", "require", "solve"]
 
@@ -82,7 +82,7 @@ def solve(table: Table, slots: Slots, goal: int, seconds: float) -> Iterator[Exa
     # A slot after all others that fills the goal alone: reaching it is then the lower bound.
     filler = Allocation(id=len(work), size=max(goal, grain), start=after, end=after + 1)
     aim = [*work, filler] if goal > slots.bound else work
-    fits = _decide(tuple(aim), max(goal, int(_peak(slots, size))), seconds / 2)
+    fits = _decide(tuple(aim), max(goal, _peak(slots, size)), seconds / 2)
     if fits is not None:
         yield Exact(_offsets(fits, len(slots)), False)
     from omnimalloc.allocators import SupermallocAllocator
@@ -96,11 +96,11 @@ def solve(table: Table, slots: Slots, goal: int, seconds: float) -> Iterator[Exa
     yield Exact(_offsets(result.allocations, len(slots)), result.proved_optimal and exact)
 
 
-def _peak(slots: Slots, size: NDArray[np.int64]) -> np.int64:
+def _peak(slots: Slots, size: NDArray[np.int64]) -> int:
     change = np.zeros(len(slots.steps) + 1, np.int64)
     np.add.at(change, slots.start, size)
     np.subtract.at(change, slots.stop, size)
-    return np.cumsum(change).max()
+    return int(np.cumsum(change).max())
 
 
 def _decide(allocations: tuple[Any, ...], goal: int, seconds: float) -> Any | None:

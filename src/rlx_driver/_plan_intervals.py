@@ -67,11 +67,13 @@ class Table:
     def slots(self) -> NDArray[np.int64]:
         """Give the rows that need memory of their own: roots that are not empty."""
         rows = np.arange(len(self.nodes))
-        return rows[(self.root == rows) & (self.sizes > 0)]
+        slots: NDArray[np.int64] = rows[(self.root == rows) & (self.sizes > 0)]
+        return slots
 
     def spread(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
         """Give the offset of every node from those of the roots."""
-        return offsets[self.root] + self.shift
+        laid: NDArray[np.int64] = offsets[self.root] + self.shift
+        return laid
 
 
 def check_alignment(alignment: object, whose: str) -> int:
@@ -96,6 +98,9 @@ def read_intervals(intervals: Iterable[Any], alignment: int) -> Table:
     """
     given = _rows(intervals)
     rich = _intervals_of(given)
+    sizes: Sequence[Any]
+    firsts: Sequence[Any]
+    lasts: Sequence[Any]
     if rich is None:
         nodes, sizes, firsts, lasts = zip(*given, strict=True) if given else ((), (), (), ())
     else:

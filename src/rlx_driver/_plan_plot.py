@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from rlx_driver._plan_intervals import Table
     from rlx_driver._plan_slots import Slots
-    from rlx_driver.plan import MemoryPlan
+    from rlx_driver.memory_plan import MemoryPlan
 
 __all__ = ["draw"]
 
@@ -78,7 +78,7 @@ def _slots(
     norm = LogNorm(max(smallest, largest >> 16, 1), max(largest, smallest + 1), clip=True)
     outlined = len(slots) <= _OUTLINED
     boxes = PolyCollection(
-        corners,
+        list(corners),
         array=slots.size.astype(float),
         norm=norm,
         cmap="YlGnBu",

@@ -9,7 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     from rlx_driver._plan_intervals import Table
     from rlx_driver._plan_slots import Slots
-    from rlx_driver.plan import MemoryPlan
+    from rlx_driver.memory_plan import MemoryPlan
 
 __all__ = ["amount", "capacity_text", "peak_rows", "report_text"]
 
@@ -32,7 +32,8 @@ def peak_rows(table: Table, slots: Slots) -> list[int]:
         return []
     alive = (slots.start <= slots.peak) & (slots.stop > slots.peak)
     rows = slots.rows[alive]
-    return rows[np.argsort(-table.sizes[rows], kind="stable")].tolist()
+    largest = np.argsort(-table.sizes[rows], kind="stable")
+    return [int(row) for row in rows[largest]]
 
 
 def report_text(plan: MemoryPlan, table: Table, slots: Slots, found_by: str) -> str:
@@ -65,9 +66,7 @@ def _peak_lines(table: Table, slots: Slots, plan: MemoryPlan | None = None) -> l
     for row in rows[:_SHOWN]:
         where = "" if plan is None else f" at {plan.offsets[row]}"
         life = f"steps {table.start[row]} to {table.stop[row] - 1}"
-        lines.append(
-            f"  {_short(table.nodes[row])}: {table.sizes[row]} bytes{where}, {life}"
-        )
+        lines.append(f"  {_short(table.nodes[row])}: {table.sizes[row]} bytes{where}, {life}")
     if len(rows) > _SHOWN:
         rest = int(table.sizes[rows[_SHOWN:]].sum())
         lines.append(f"  and {len(rows) - _SHOWN} more: {rest} bytes")
@@ -84,8 +83,8 @@ def capacity_text(table: Table, slots: Slots, capacity: int, best: int) -> str:
     if capacity < slots.bound:
         lines = [
             f"no plan fits in {capacity} bytes ({amount(capacity)}): the slots alive at the peak "
-            f"need {slots.bound} bytes ({amount(slots.bound)}), {slots.bound - capacity} more, and the "
-            f"best plan found has {best}; make slots smaller or lives shorter"
+            f"need {slots.bound} bytes ({amount(slots.bound)}), {slots.bound - capacity} more, and "
+            f"the best plan found has {best}; make slots smaller or lives shorter"
         ]
     else:
         lines = [

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Search"]
 
-# Work is counted in slots placed by a sweep, about a microsecond each; the others in those.
-_SKYLINE = 4  # one slot of a skyline
+# Work is counted in slots placed by a sweep, about a microsecond each.
 _SKYLINE_SLOTS = 2000  # above that a try takes too long to learn from
 
 
@@ -180,9 +179,9 @@ class Search:
     def _skyline(self) -> None:
         skyline = Skyline(self.slots, self.seed)
         while not self.done and self._left > 0:
-            before = skyline.laid
+            before = skyline.work
             self.offer(skyline.attempt(self.size - 1), "skyline")
-            self._left -= _SKYLINE * (skyline.laid - before) + 100
+            self._left -= skyline.work - before
 
     def _unbounded(self, sweep: PeakSweep) -> None:
         for name, order in sweep.orders():

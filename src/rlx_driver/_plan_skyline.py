@@ -48,7 +48,7 @@ class Skyline:
         self._fixed = list(_FIRST)
         self._best = self._weight = self._log_life.copy()
         self._failures = 0
-        self.laid = 0  # slots, in all tries
+        self.work = 0  # of all tries, in microseconds or so
 
     def attempt(self, limit: int) -> NDArray[np.int64] | None:
         """Give offsets in bytes below `limit`, or None and learn from the failure."""
@@ -57,6 +57,7 @@ class Skyline:
             weight = by_size * self._log_size + by_life * self._log_life
         else:
             weight = self._weight + self._random.normal(0, _NOISE, len(self._weight))
+        self.work += 30
         offsets, missed = self._lay(weight, limit)
         if offsets is not None:
             self._weight, self._best, self._failures = weight.copy(), weight, 0
@@ -89,29 +90,31 @@ class Skyline:
             floor = min(heights)
             at = heights.index(floor)
             left, right = lefts[at], lefts[at + 1]
-            for place, slot in enumerate(order):
+            for slot in order:
                 if start[slot] >= left and stop[slot] <= right:
                     break
             else:  # nothing fits: raise the floor to the lower wall
                 before = heights[at - 1] if at else most + 1
                 wall = min(before, heights[at + 1])
-                waiting = [each for each in order if start[each] < right and stop[each] > left]
+                self.work += 4 + len(order) // 20
                 part = total[left:right]
                 part += wall - floor
-                if waiting and part.max() > most:
-                    return None, waiting
+                if part.max() > most:
+                    waiting = [each for each in order if start[each] < right and stop[each] > left]
+                    if waiting:
+                        return None, waiting
                 heights[at] = wall
                 if wall == heights[at + 1] and at + 2 < len(lefts):
                     del heights[at + 1], lefts[at + 1]
                 if at and before == wall:
                     del heights[at], lefts[at]
                 continue
-            del order[place]
+            order.remove(slot)
             top = floor + size[slot]
             if top > most:
                 return None, [slot]
             offset[slot] = floor
-            self.laid += 1
+            self.work += 2
             begin, end = start[slot], stop[slot]
             # Replace the segment by what is left of it at both sides and the new step.
             new_lefts, new_heights = [], []

@@ -55,7 +55,8 @@ class Slots:
 
 def round_up(value: NDArray[np.int64], to: NDArray[np.int64] | int) -> NDArray[np.int64]:
     """Round up to a multiple of a power of two."""
-    return (value + (to - 1)) & -to
+    rounded: NDArray[np.int64] = (value + (to - 1)) & -to
+    return rounded
 
 
 def make_slots(table: Table) -> Slots:
@@ -78,7 +79,8 @@ def _compress(begin: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.in
         return starts
     # Number of ends at or before each start, and one more than any for the last.
     ended = np.searchsorted(np.sort(end), starts, side="right")
-    return starts[np.append(ended[1:] > ended[:-1], True)]
+    kept: NDArray[np.int64] = starts[np.append(ended[1:] > ended[:-1], True)]
+    return kept
 
 
 def lower_bound(
@@ -154,4 +156,5 @@ def _largest_alive(
         half = 1 << (each - 1)
         np.maximum(runs[each - 1], runs[each], out=runs[each - 1])
         np.maximum(runs[each - 1, half:], runs[each, :-half], out=runs[each - 1, half:])
-    return runs[0]
+    largest: NDArray[np.int64] = runs[0]
+    return largest

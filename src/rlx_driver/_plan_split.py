@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GREEDY", "Split", "take"]
 
+_SWEPT = 120_000  # slots swept in all orders
 GREEDY = 12  # the work of fitting one slot, in slots swept
 
 
@@ -92,9 +93,9 @@ class Split:
     def _sweep(self) -> NDArray[np.int64] | None:
         sweep = PeakSweep(self._upper)
         better = False
-        for _, order in sweep.orders():
+        for turn, (_, order) in enumerate(sweep.orders(), 1):
             better |= self._keep(sweep.plan(order, self._best - 1))
-            if self._best <= max(self._upper.bound, self._goal) or len(self._upper) > 20_000:
+            if self._best <= max(self._upper.bound, self._goal) or turn * len(self._upper) > _SWEPT:
                 break
         return self._stack() if better else None
 

@@ -137,13 +137,14 @@ def _events(
     ending = ending[stop[ending] < last]
     when = np.concatenate([2 * stop[ending], 2 * start[slots] + 1])
     tie = np.concatenate([np.zeros(len(ending), np.int64), -size[slots]])
-    return np.concatenate([~ending, slots])[np.lexsort((tie, when))].tolist()
+    events: list[int] = np.concatenate([~ending, slots])[np.lexsort((tie, when))].tolist()
+    return events
 
 
 class _FreeBlocks:
     """The free blocks below the top of an arena, by size and by both ends."""
 
-    __slots__ = ("_by_end", "_by_start", "_keys", "_shift", "_held", "top")
+    __slots__ = ("_by_end", "_by_start", "_held", "_keys", "_shift", "top")
 
     def __init__(self, gaps: list[tuple[int, int]], top: int, shift: int) -> None:
         self._by_start = dict(gaps)
@@ -207,7 +208,7 @@ class _FreeBlocks:
         return True
 
     def _aligned(self, at: int, need: int, step: int) -> int:
-        """Give the first block at or after `at` that holds `need` grains from a multiple of `step`."""
+        """Give the first block at or after `at` that holds it from a multiple of `step`."""
         mask = (1 << self._shift) - 1
         for each in range(at, len(self._keys)):
             start = self._keys[each] & mask

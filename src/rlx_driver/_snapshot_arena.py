@@ -23,7 +23,7 @@ from rlx_driver.scopes import WriteScope
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Hashable, Iterator
 
     from rlx_driver._arena_owned import OwnedBytes
     from rlx_driver._snapshot_file import Snapshot
@@ -106,7 +106,8 @@ class ArenaFiles:
             page at a time. Where that cannot be (on a GPU, in memory that JAX owns, in a debug
             arena, where a slot asks for more than 4,096 bytes of alignment) the file is read.
         device, backend, name, debug
-            As for `Arena`.
+            As for `Arena`. A debug arena is laid out anew: of slots that take turns in the same
+            bytes it gets the earliest right.
         progress
             As for `save`.
 
@@ -229,17 +230,24 @@ def _native(memory: Memory, nbytes: int) -> Any:
 
 
 def _without_guards(arena: Arena, memory: Memory) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Put the slots of a debug arena where they lie without guard bytes, the live ones last."""
+    """Put the slots of a debug arena where they lie without guard bytes.
+
+    Of those that take turns, the one alive at the step told last comes through, else the earliest.
+    """
     plan, laid = arena._asked, arena.plan
     backend = memory.backend
     found = backend.copy_out(_native(memory, laid.size))
     image = np.zeros(plan.size, np.uint8)
     step = arena._inspector._step if arena._inspector is not None else None
-    lives = {node: plan.life(node) for node in plan.nodes if plan.root(node) is node}
-    for node in sorted(lives, key=lambda node: (_alive(lives[node], step), lives[node])):
+    for node in sorted(_latest_first(plan), key=lambda node: _alive(plan.life(node), step)):
         size, start, where = plan.interval(node).size, laid.offset(node), plan.offset(node)
         image[where : where + size] = found[start : start + size]
     return image
+
+
+def _latest_first(plan: MemoryPlan) -> list[Hashable]:
+    roots = [node for node in plan.nodes if plan.root(node) is node]
+    return sorted(roots, key=lambda node: -plan.life(node)[0])
 
 
 def _alive(life: tuple[int, int], step: int | None) -> bool:
@@ -296,9 +304,7 @@ def _read_slots(arena: Arena, memory: Memory, file: Snapshot, entry: Entry) -> N
     """Read each slot of a debug arena to where it lies between its guards."""
     plan, laid, backend = arena._asked, arena.plan, memory.backend
     with WriteScope([memory.whole()], backend.name, None) as native:
-        for node in plan.nodes:
-            if plan.root(node) is not node:
-                continue
+        for node in _latest_first(plan):
             start, size = memory.margin + laid.offset(node), plan.interval(node).size
             target = backend.index(native, slice(start, start + size))
             fill(file, entry.offset + plan.offset(node), backend, target, lambda nbytes: None)

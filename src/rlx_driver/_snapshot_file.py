@@ -277,12 +277,24 @@ def open_snapshot(path: str | os.PathLike[str]) -> Snapshot:
         try:
             found = os.fstat(descriptor)
             entries, metadata = _read_header(library, Path(path), found)
-            if os.path.samestat(found, Path(path).stat()):
+            if _is_still(path, found):
                 return Snapshot(name, descriptor, found.st_size, entries, metadata)
+        except SnapshotError:
+            if _is_still(path, found):
+                os.close(descriptor)
+                raise
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)  # another file took its place meanwhile
+
+
+def _is_still(path: str | os.PathLike[str], found: os.stat_result) -> bool:
+    """Tell whether the file of a name is still the one that was opened."""
+    try:
+        return os.path.samestat(found, Path(path).stat())
+    except OSError:
+        return True  # its name is gone, but not the file
 
 
 def _read_header(

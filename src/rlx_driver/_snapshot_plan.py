@@ -66,11 +66,8 @@ def decode_plan(text: str) -> MemoryPlan:
     except (ValueError, RecursionError) as error:
         raise _bad(f"it is no JSON ({type(error).__name__}: {str(error)[:100]})") from error
     columns = _columns(said)
-    try:
-        nodes = [_hear(node) for node in columns["nodes"]]
-        aliases = [_hear(node) for node in columns["aliases"]]
-    except RecursionError as error:
-        raise _bad("a node is a tuple nested too deeply") from error
+    nodes = [_hear(node) for node in columns["nodes"]]
+    aliases = [_hear(node) for node in columns["aliases"]]
     intervals = [
         Interval(
             node,
@@ -102,7 +99,7 @@ def decode_plan(text: str) -> MemoryPlan:
             raise _bad(f"it aligns to {widest:,} bytes")
     except SnapshotError:
         raise
-    except (DriverError, RecursionError) as error:  # a tuple too deep to hash
+    except DriverError as error:
         raise _bad(str(error)) from error
     return plan
 
@@ -122,7 +119,7 @@ _COLUMNS = (*_PLAIN, "nodes", "aliases", "offsets")
 
 
 def _bad(why: str) -> SnapshotError:
-    return SnapshotError(f"the plan in it is unusable: {why}")
+    return SnapshotError(f"the plan in it is unusable: {why[:500]}")
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -143,16 +140,11 @@ def _columns(said: Any) -> dict[str, list[Any]]:
 # --- nodes: JSON says some as they are, the others as {"float": ...} and lists -------------------
 
 
-def _say(node: Hashable) -> Any:
-    try:
-        return _sayable(node)
-    except RecursionError:
-        raise SnapshotError(
-            "a node is a tuple nested too deeply to save. Nothing was written"
-        ) from None
+_DEEPEST = 50
+"""Levels of tuples in a node; an error may have to print it."""
 
 
-def _sayable(node: Any) -> Any:
+def _say(node: Any, level: int = 0) -> Any:
     kind = type(node)
     if node is None or kind is bool or kind is str:
         return node
@@ -161,19 +153,27 @@ def _sayable(node: Any) -> Any:
     if kind is float:
         return node if math.isfinite(node) else {"float": str(node)}
     if kind is tuple:
-        return [_sayable(each) for each in node]
+        if level == _DEEPEST:
+            raise SnapshotError(
+                f"a node has tuples in tuples, more than {_DEEPEST} levels of them, which is more "
+                "than a snapshot takes. Nothing was written"
+            )
+        return [_say(each, level + 1) for each in node]
+    shown = "of over 1,000 digits" if kind is int else repr(node)[:100]
     raise SnapshotError(
-        f"node {str(node)[:100]!r} ({kind.__qualname__}) cannot be saved: nodes of a snapshot are "
-        "str, int, float, bool, None and tuples of these. Nothing was written"
+        f"node {shown} ({kind.__qualname__}) cannot be saved: nodes of a snapshot are str, int, "
+        "float, bool, None and tuples of these. Nothing was written"
     )
 
 
 _LONGEST = 10**1000  # Python reads longer numbers only on demand
 
 
-def _hear(said: Any) -> Hashable:
+def _hear(said: Any, level: int = 0) -> Hashable:
     if isinstance(said, list):
-        return tuple([_hear(each) for each in said])
+        if level == _DEEPEST:
+            raise _bad(f"a node has more than {_DEEPEST} levels of tuples")
+        return tuple([_hear(each, level + 1) for each in said])
     if isinstance(said, dict):
         if list(said) != ["float"] or said["float"] not in ("nan", "inf", "-inf"):
             raise _bad(f"{str(said)[:100]} is no node")

@@ -15,7 +15,7 @@ from rlx_driver.registry import registry
 if TYPE_CHECKING:
     from rlx_driver.backends.base import ArrayFacts
 
-__all__ = ["Source"]
+__all__ = ["Source", "is_everyday_source"]
 
 _FLOAT = np.dtype(np.float32)
 _REMEDY = "src.astype('float32') (torch: src.float())"
@@ -42,9 +42,11 @@ class Source:
         An array whose values cannot be read.
     """
 
+    size: int
+
     def __init__(self, src: Any) -> None:
         self.plain: np.ndarray[Any, Any] | None = None
-        if type(src) is np.ndarray and src.dtype == _FLOAT and src.flags.c_contiguous:
+        if is_everyday_source(src):
             self.plain, self.size = src.reshape(-1), src.size
             return
         if isinstance(src, Buffer):
@@ -63,21 +65,16 @@ class Source:
         self.size = facts.num_elements
         self.values = src
 
-    def drop(self) -> None:
-        """Hold the values no longer."""
-        self.values = self.plain = None
-
     def taken(self, owner: Backend, count: int, dst: Buffer | None = None) -> Any:
         """Give the first values in C order, with one axis: host memory, or an array of `owner`.
 
-        Never an array that shares memory with `dst` and belongs to a framework whose readers a
-        write scope waits for.
+        Never an alias of an array that the write scope of `dst` has to fence: it could not.
         """
         if self.plain is not None:
             return self.plain[:count]
         values, backend = self.values, self.backend
         if isinstance(backend, FunctionalBackend):
-            shared = dst is not None and _overlap(self.facts, dst._facts)
+            shared = dst is not None and _overlap(self.facts, _base_of(dst)._facts)
             near = self.facts.device.is_host or self.facts.device.kind in owner.kinds
             if shared or not near:
                 values = backend.copy_out(values)
@@ -93,6 +90,11 @@ class Source:
         if backend is owner or isinstance(flat, np.ndarray):
             return flat
         return exchange(flat, "numpy") if self.facts.device.is_host else backend.copy_out(flat)
+
+
+def is_everyday_source(src: Any) -> bool:
+    """Tell quickly whether values are plain memory of the host in C order."""
+    return type(src) is np.ndarray and src.dtype == _FLOAT and bool(src.flags.c_contiguous)
 
 
 def _foreign_values(src: Any) -> np.ndarray[Any, Any]:
@@ -139,6 +141,13 @@ def _require_f32(dtype: Any, remedy: str) -> None:
             f"src is an array of {dtype}, and values are float32 here: say {remedy}. Nothing was "
             "changed"
         )
+
+
+def _base_of(buffer: Any) -> Buffer:
+    while buffer._parent is not None:
+        buffer = buffer._parent
+    found: Buffer = buffer
+    return found
 
 
 def _overlap(first: ArrayFacts, second: ArrayFacts) -> bool:

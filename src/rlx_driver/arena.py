@@ -164,6 +164,11 @@ class Arena(InOutMixin, ArenaFiles):
         return self._generation
 
     @property
+    def is_debug(self) -> bool:
+        """Whether the arena watches its guards and dead slots."""
+        return self._debug
+
+    @property
     def is_closed(self) -> bool:
         """Whether `close` was called."""
         return self._memory is None

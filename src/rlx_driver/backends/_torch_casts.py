@@ -18,7 +18,7 @@ import torch
 from rlx_driver._casts_numpy import is_integer, read_table, reader, saturation, write_table
 from rlx_driver._casts_probe import differ, expected, probe_bytes, probe_values
 from rlx_driver.backends._numpy_pointer import pointer
-from rlx_driver.backends._torch_tensors import TO_TORCH, is_wrapped
+from rlx_driver.backends._torch_tensors import TO_TORCH
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 __all__ = [
     "device_reader",
     "device_writer",
-    "host_casts",
     "host_kernels",
     "host_tensor",
 ]
 
-_BLOCK = 1 << 18  # elements of which torch converts and then mends a part, while it is in the cache
+_BLOCK = 1 << 22  # elements that are mended at a time, for which there is temporary memory
+_TIMED = 1 << 18
 _HOST = torch.device("cpu")
 
 
@@ -50,26 +50,14 @@ def host_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
 
 # --- the host ------------------------------------------------------------------------------------
 
-_ONE = np.zeros(1, np.float32)
-
-
-def host_casts(dtype: np.dtype[Any]) -> tuple[Kernel | None, Kernel | None]:
-    """Give `host_kernels`, or none under a mode or transform, in which torch makes no real tensor.
-
-    A kernel is to be used at once.
-    """
-    probe = torch.from_numpy(_ONE)
-    if type(probe) is not torch.Tensor or is_wrapped(probe):
-        return None, None
-    return host_kernels(dtype)
-
 
 @functools.cache
 @np.errstate(all="ignore")
 def host_kernels(dtype: np.dtype[Any]) -> tuple[Kernel | None, Kernel | None]:
     """Give torch's kernels for memory of the host, (to write, to read); None where NumPy's serve.
 
-    They use torch's threads.
+    They use torch's threads, and return False, nothing done, under a mode of torch in which there
+    are no real tensors.
     """
     theirs = TO_TORCH.get(dtype)
     if theirs is None or is_integer(dtype) or dtype.kind in "bc" or dtype.itemsize > 4:
@@ -85,12 +73,12 @@ def _host_writer(dtype: np.dtype[Any], theirs: torch.dtype) -> Kernel | None:
     for got in _both_ways(torch.from_numpy(values), theirs):
         wrong |= differ(got.numpy().view(dtype), wanted)
     if not wrong.any():
-        return functools.partial(_write_host, dtype)
+        return functools.partial(_write_host, theirs)
     bound = _bound(dtype, values, wanted, wrong)
     if bound is None:
         return None
     nan = int(np.array([np.nan], np.float32).astype(dtype).view(np.uint8)[0])
-    return functools.partial(_write_host_bounded, dtype, bound, nan)
+    return functools.partial(_write_host_bounded, theirs, bound, nan)
 
 
 def _bound(
@@ -114,15 +102,15 @@ def _host_reader(dtype: np.dtype[Any], theirs: torch.dtype) -> Kernel | None:
     for got in _both_ways(torch.from_numpy(raw).view(theirs), torch.float32):
         if differ(got.view(torch.float32).numpy(), wanted).any():
             return None
-    kernel = functools.partial(_read_host, dtype)
+    kernel = functools.partial(_read_host, theirs)
     # torch reads some of these one by one: slower than a table on few cores, not on many.
-    if dtype.itemsize == 1 and _seconds(kernel, dtype) > _seconds(reader(dtype, _BLOCK), dtype):
+    if dtype.itemsize == 1 and _seconds(kernel, dtype) > _seconds(reader(dtype, _TIMED), dtype):
         return None
     return kernel
 
 
 def _seconds(kernel: Kernel, dtype: np.dtype[Any]) -> float:
-    raw, out = np.zeros(_BLOCK * dtype.itemsize, np.uint8), np.zeros(_BLOCK, np.float32)
+    raw, out = np.zeros(_TIMED * dtype.itemsize, np.uint8), np.zeros(_TIMED, np.float32)
     best = math.inf
     for _ in range(4):
         start = time.perf_counter()
@@ -139,32 +127,48 @@ def _both_ways(source: torch.Tensor, target: torch.dtype) -> list[torch.Tensor]:
 
 
 def _write_host(
-    dtype: np.dtype[Any], raw: np.ndarray[Any, Any], source: np.ndarray[Any, Any]
-) -> None:
-    torch.from_numpy(raw).view(TO_TORCH[dtype]).copy_(host_tensor(source))
+    theirs: torch.dtype, raw: np.ndarray[Any, Any], source: np.ndarray[Any, Any]
+) -> bool:
+    memory = torch.from_numpy(raw)
+    if type(memory) is not torch.Tensor:
+        return False
+    memory.view(theirs).copy_(host_tensor(source))
+    return True
 
 
 def _write_host_bounded(
-    dtype: np.dtype[Any],
+    theirs: torch.dtype,
     bound: float,
     nan: int,
     raw: np.ndarray[Any, Any],
     source: np.ndarray[Any, Any],
-) -> None:
+) -> bool:
     """Convert by a cast that is right below `bound`; from there on, and for NaN, it is NaN."""
     memory, values = torch.from_numpy(raw), host_tensor(source)
-    typed = memory.view(TO_TORCH[dtype])
-    for start in range(0, source.size, _BLOCK):
-        part = values[start : start + _BLOCK]
-        typed[start : start + _BLOCK].copy_(part)
-        low, high = torch.aminmax(part)
-        if not (-bound < float(low) and float(high) < bound):
-            beyond = (part.abs() < bound).logical_not_()
-            memory[start : start + _BLOCK].masked_fill_(beyond, nan)
+    if type(memory) is not torch.Tensor:
+        return False
+    # All at once: at each call torch's threads meet, which takes long on cores that are shared.
+    memory.view(theirs).copy_(values)
+    if not _within(values, bound):
+        for start in range(0, source.size, _BLOCK):
+            part = values[start : start + _BLOCK]
+            if not _within(part, bound):
+                beyond = (part.abs() < bound).logical_not_()
+                memory[start : start + _BLOCK].masked_fill_(beyond, nan)
+    return True
 
 
-def _read_host(dtype: np.dtype[Any], raw: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:
-    torch.from_numpy(out).copy_(host_tensor(raw).view(TO_TORCH[dtype]))
+def _within(values: torch.Tensor, bound: float) -> bool:
+    low, high = torch.aminmax(values)
+    return -bound < float(low) and float(high) < bound  # false for NaN
+
+
+def _read_host(theirs: torch.dtype, raw: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> bool:
+    result = torch.from_numpy(out)
+    if type(result) is not torch.Tensor:
+        return False
+    result.copy_(host_tensor(raw).view(theirs))
+    return True
 
 
 # --- a device ------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from rlx_driver.backends import _cuda_staging as staging
 from rlx_driver.backends._torch_casts import (
     device_reader,
     device_writer,
-    host_casts,
+    host_kernels,
     host_tensor,
 )
 from rlx_driver.backends._torch_streams import StreamServices
@@ -76,7 +76,7 @@ class TypedServices(StreamServices, Backend):
 
     def host_casts(self, dtype: np.dtype[Any]) -> tuple[Kernel | None, Kernel | None]:
         """Give torch's kernels for memory of the host, where they agree with ml_dtypes."""
-        return host_casts(dtype)
+        return host_kernels(dtype)
 
 
 def _write_cuda(

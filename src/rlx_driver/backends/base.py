@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from rlx_driver._casts import read_cast, write_cast
 from rlx_driver.backends.accounting import accounting, require_memory
 from rlx_driver.backends.facts import ArrayFacts, Obstacle, row_major_strides
 from rlx_driver.backends.order import Order, Recording
+from rlx_driver.backends.typed import TypedIO
 from rlx_driver.errors import DTypeError, ShapeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
 
-    from rlx_driver._casts_numpy import Kernel
     from rlx_driver.device import Device, MemoryInfo
 
     Lane = Callable[[Any], Any]
@@ -46,7 +45,7 @@ ALIGNMENT = 256
 """Bytes to which every allocation is aligned: enough for JAX (64) and for CUDA (256)."""
 
 
-class Backend(ABC):
+class Backend(TypedIO, ABC):
     """One framework's side of the driver.
 
     The arrays it passes in and out are the framework's own. Unless a method says otherwise it
@@ -129,57 +128,6 @@ class Backend(ABC):
             self.copy_in(destination, source)
         else:
             self.copy_across(destination, source)
-
-    # --- typed I/O ---------------------------------------------------------------------------
-
-    def write_f32(self, destination: Any, dtype: np.dtype[Any], source: Any) -> None:
-        """Convert float32 values to a dtype and write the bytes.
-
-        Parameters
-        ----------
-        destination
-            An array of this framework: one axis of uint8, contiguous, with exactly
-            ``source.size * dtype.itemsize`` bytes at any address.
-        dtype
-            One of `rlx_driver.dtypes.TABLE`.
-        source
-            A C-contiguous float32 array of the host, or of this framework; it may overlap.
-
-        Notes
-        -----
-        What becomes of the values is said by `rlx_driver.write_typed_from_f32`. Blocks until
-        `source` may be changed.
-        """
-        values = source if isinstance(source, np.ndarray) else self.copy_out(source)
-        raw = np.empty(values.size * dtype.itemsize, np.uint8)
-        write_cast(raw, dtype, values.reshape(-1))
-        self.copy_in(destination, raw)
-
-    def read_f32(self, source: Any, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-        """Convert bytes of a dtype to a new float32 array of the host.
-
-        Parameters
-        ----------
-        source
-            An array of this framework: one axis of uint8, contiguous, a whole number of elements.
-        dtype
-            One of `rlx_driver.dtypes.TABLE`.
-
-        Notes
-        -----
-        Blocks until the values are there.
-        """
-        raw = self.copy_out(source)
-        out = np.empty(raw.size // dtype.itemsize, np.float32)
-        read_cast(raw, dtype, out)
-        return out
-
-    def host_casts(self, dtype: np.dtype[Any]) -> tuple[Kernel | None, Kernel | None]:
-        """Give kernels of this framework (float32 to a dtype, and back) for memory of the host.
-
-        None where it has none, or where what it gives is not what ml_dtypes gives.
-        """
-        return None, None
 
     # --- exchange ----------------------------------------------------------------------------
 
@@ -271,7 +219,7 @@ class Backend(ABC):
         """Enter what a step of this framework needs around it, such as no_grad."""
         return nullcontext()
 
-    def mark_written(self, views: list[Any]) -> None:  # noqa: B027 - most need no telling
+    def mark_written(self, views: list[Any]) -> None:
         """Tell the framework that the memory of views changed behind its back."""
 
     def overlaps(self, first: Any, second: Any) -> bool:
