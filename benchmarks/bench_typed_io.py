@@ -47,18 +47,28 @@ def with_torch() -> list[Row]:
             rows.append(
                 Row(f"f32 to {name}, {label}", ours, "torch copy_", own, target, faster=True)
             )
-            back = torch.empty(size)
+            out, back = np.zeros(size, np.float32), torch.zeros(size)
 
-            def read(raw=raw, dtype=dtype, size=size):
-                return rlx.read_typed_to_f32(raw, dtype, size)
+            def read(raw=raw, dtype=dtype, size=size, out=out):
+                rlx.read_typed_to_f32(raw, dtype, size, out)
 
             def copy_back(back=back, typed=typed):
-                return torch.empty(back.shape).copy_(typed)
+                back.copy_(typed)
 
             ours, own = best_of(read, copy_back, number=1, repeat=repeat)
             rows.append(
                 Row(f"{name} to f32, {label}", ours, "torch copy_", own, target, faster=True)
             )
+
+            def read_anew(raw=raw, dtype=dtype, size=size):
+                return rlx.read_typed_to_f32(raw, dtype, size)
+
+            def copy_anew(size=size, typed=typed):
+                return torch.empty(size).copy_(typed)
+
+            ours, own = best_of(read_anew, copy_anew, number=1, repeat=5)
+            against = "torch.empty, copy_"
+            rows.append(Row(f"{name} to f32, {label}, new array", ours, against, own, faster=True))
     return rows
 
 

@@ -18,6 +18,7 @@ from typed_support import DTYPES, INTEGERS, assert_same, expected, random_values
 torch = pytest.importorskip("torch")
 
 from rlx_driver.backends import _cuda_staging as staging  # noqa: E402
+from rlx_driver.backends import _cuda_transfers as transfers  # noqa: E402
 from rlx_driver.backends import _torch_typed as typed  # noqa: E402
 from rlx_driver.backends._torch_casts import device_reader, device_writer  # noqa: E402
 
@@ -105,7 +106,7 @@ def test_a_write_is_right_when_the_device_is_late(dtype, count):
             raw = torch.full((wanted.nbytes + 9,), 0xEE, dtype=torch.uint8)
             source = values.copy()
             part = raw[start : start + wanted.nbytes]
-            typed.write_through(engine, pool, part, dtype, source, cast)
+            transfers.write_through(engine, pool, part, dtype, source, cast)
             source[:] = np.nan  # the caller may change it now
             engine.finish()
             assert_same(np.frombuffer(part.numpy().tobytes(), dtype), wanted)
@@ -128,7 +129,7 @@ def test_a_read_is_right_when_the_device_is_late(dtype, count):
                 lambda raw=raw: raw.copy_(torch.from_numpy(stored.view(np.uint8).copy()))
             )  # earlier work of the stream
             out = np.full(count, 7, np.float32)
-            typed.read_through(engine, pool, raw, dtype, out, cast)
+            transfers.read_through(engine, pool, raw, dtype, out, cast)
             assert_same(out, wanted)
 
 
@@ -139,14 +140,18 @@ def test_every_dtype_goes_through_chunks(dtype):
     for cast in casts(dtype, "write"):
         engine = LateEngine()
         raw = torch.zeros(wanted.nbytes, dtype=torch.uint8)
-        typed.write_through(engine, staging.Pool(CHUNK), raw, dtype, values, cast)
+        transfers.write_through(engine, staging.Pool(CHUNK), raw, dtype, values, cast)
         engine.finish()
         assert_same(raw.numpy().view(dtype), wanted)
+    with np.errstate(all="ignore"):
+        back = wanted.real.astype(np.float32)
     for cast in casts(dtype, "read"):
         out = np.zeros(values.size, np.float32)
-        typed.read_through(LateEngine(), staging.Pool(CHUNK), raw, dtype, out, cast)
-        with np.errstate(all="ignore"):
-            assert_same(out, wanted.real.astype(np.float32))
+        transfers.read_through(LateEngine(), staging.Pool(CHUNK), raw, dtype, out, cast)
+        assert_same(out, back)
+    out = np.zeros(values.size, np.float32)
+    transfers.read_pinned(LateEngine(), raw, dtype, out, device_reader(dtype, HOST))
+    assert_same(out, back)
 
 
 def test_values_in_pinned_memory_are_not_staged(monkeypatch):
@@ -157,11 +162,103 @@ def test_values_in_pinned_memory_are_not_staged(monkeypatch):
     engine = LateEngine()
     raw = torch.zeros(wanted.nbytes, dtype=torch.uint8)
     source = values.copy()
-    typed.write_pinned(engine, raw, dtype, source, device_writer(dtype, HOST))
+    transfers.write_pinned(engine, raw, dtype, source, device_writer(dtype, HOST))
     source[:] = np.nan
     assert_same(raw.numpy().view(dtype), wanted)
     parts = -(-values.size // (CHUNK // 4))
     assert engine.log == ["copy", "launch"] * parts + ["record", "wait"]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("dtype", ["bf16", "f8_e4m3fn", "i32", "c128", "int4", "u64"])
+def test_values_for_pinned_memory_are_not_staged(monkeypatch, dtype, count):
+    monkeypatch.setattr(staging, "DIRECT_CHUNK", CHUNK)
+    dtype = rlx.dtype(dtype)
+    stored = expected(dtype, random_values(count)[:count])
+    for start in (0, 1):
+        engine = LateEngine()
+        raw = torch.zeros(stored.nbytes + start, dtype=torch.uint8)[start:]
+        engine.work.append(
+            lambda raw=raw: raw.copy_(torch.from_numpy(stored.view(np.uint8).copy()))
+        )  # earlier work of the stream
+        out = np.full(count + 2, 7, np.float32)
+        transfers.read_pinned(engine, raw, dtype, out[1:-1], device_reader(dtype, HOST))
+        with np.errstate(all="ignore"):
+            assert_same(out[1:-1], stored.real.astype(np.float32))
+        assert (out[0], out[-1]) == (7, 7)
+        assert engine.log[-2:] == ["record", "wait"]
+        if start == 0 or dtype.itemsize == 1:
+            parts = -(-count // (CHUNK // 4))
+            assert engine.log == ["launch", "copy"] * parts + ["record", "wait"]
+
+
+def test_a_failure_leaves_no_work_on_pinned_memory(monkeypatch):
+    monkeypatch.setattr(staging, "DIRECT_CHUNK", CHUNK)
+    bf16, engine = rlx.dtype("bf16"), LateEngine(fail_at=3)
+    raw, out = torch.zeros(8000, dtype=torch.uint8), np.zeros(4000, np.float32)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        transfers.read_pinned(engine, raw, bf16, out, device_reader(bf16, HOST))
+    assert engine.done == len(engine.work) == 3
+
+
+class Choice:
+    """What a transfer of one dtype does, with a number of threads, pinned memory or not."""
+
+    def __init__(self, monkeypatch):
+        self.patch = monkeypatch.setattr
+        self.patch(staging, "CudaEngine", lambda device: self.engine)
+        self.patch(staging, "pools", {None: staging.Pool(1 << 16)})
+
+    def __call__(self, name, threads, pinned=False):
+        self.patch(torch, "get_num_threads", lambda: threads)
+        self.patch(typed, "_is_pinned", lambda array: pinned)
+        dtype, values = rlx.dtype(name), random_values(40_000)
+        wanted = expected(dtype, values)
+        raw, out = torch.zeros(wanted.nbytes, dtype=torch.uint8), np.zeros_like(values)
+        found = []
+        for work in (
+            lambda: typed._write_cuda(raw, dtype, values),
+            lambda: typed._read_cuda(raw, dtype, out),
+        ):
+            self.engine = LateEngine()
+            work()
+            self.engine.finish()
+            found.append("device" if "launch" in self.engine.log else "host")
+        assert_same(raw.numpy().view(dtype), wanted)
+        with np.errstate(all="ignore"):
+            assert_same(out, wanted.real.astype(np.float32))
+        return found
+
+
+def test_the_host_converts_two_bytes_where_it_has_the_threads(monkeypatch):
+    choice = Choice(monkeypatch)
+    for name in ("bf16", "f16"):
+        assert choice(name, typed.HOST_THREADS) == ["host", "host"]
+        assert choice(name, typed.HOST_THREADS - 1) == ["device", "device"]
+        assert choice(name, 64, pinned=True) == ["device", "device"]
+    for name in ("f8_e4m3fn", "f8_e3m4", "i32", "i16", "f32", "f64"):
+        assert choice(name, 64) == ["device", "device"]
+    for agreeing in ((None, None), typed.framework_kernels(rlx.dtype("bf16"))):
+        monkeypatch.setattr(typed, "framework_kernels", lambda dtype, found=agreeing: found)
+        way = "device" if None in agreeing else "host"
+        assert choice("bf16", 64) == [way, way]
+
+
+def test_memory_that_a_read_overlaps_is_read_first(monkeypatch):
+    bf16, count = rlx.dtype("bf16"), 40_000
+    monkeypatch.setattr(staging, "pools", {None: staging.Pool(1 << 14)})
+    for pinned, first in ((False, 0), (True, 0), (False, 20_000), (True, 20_000)):
+        engine = LateEngine()
+        monkeypatch.setattr(staging, "CudaEngine", lambda device, engine=engine: engine)
+        monkeypatch.setattr(staging, "DIRECT_CHUNK", 1 << 14)
+        monkeypatch.setattr(typed, "_is_pinned", lambda array, pinned=pinned: pinned)
+        memory = np.zeros(2 * count, np.float32)
+        raw = torch.from_numpy(memory[count // 2 : count].view(np.uint8))
+        stored = expected(bf16, random_values(count)[:count])
+        raw.copy_(torch.from_numpy(stored.view(np.uint8)))
+        out = memory[first : first + count]
+        typed._read_cuda(raw, bf16, out)
+        assert_same(out, stored.astype(np.float32))
 
 
 def test_the_host_fills_ahead_and_waits_only_for_the_lane_it_needs():
@@ -169,13 +266,13 @@ def test_the_host_fills_ahead_and_waits_only_for_the_lane_it_needs():
     values = random_values(CHUNK * 2)[: 5 * CHUNK // 4]
     raw = torch.zeros(values.size * 2, dtype=torch.uint8)
     bf16 = rlx.dtype("bf16")
-    typed.write_through(engine, pool, raw, bf16, values, device_writer(bf16, HOST))
+    transfers.write_through(engine, pool, raw, bf16, values, device_writer(bf16, HOST))
     step = ["copy", "launch", "record"]
     assert engine.log == step * staging.LANES + ["wait", *step] * 2
     engine.log.clear()
     out = np.zeros(values.size, np.float32)
     again = staging.Pool(CHUNK)
-    typed.read_through(engine, again, raw, bf16, out, device_reader(bf16, HOST))
+    transfers.read_through(engine, again, raw, bf16, out, device_reader(bf16, HOST))
     step = ["launch", "copy", "record"]
     assert engine.log == step * staging.LANES + ["wait", *step] * 2 + ["wait"] * staging.LANES
 
@@ -186,7 +283,7 @@ def test_lanes_of_an_earlier_transfer_are_waited_for():
     engine = LateEngine()
     raws = [torch.zeros(1600, dtype=torch.uint8) for _ in range(2)]
     for raw, values in zip(raws, (first, second), strict=True):
-        typed.write_through(engine, pool, raw, bf16, values, device_writer(bf16, HOST))
+        transfers.write_through(engine, pool, raw, bf16, values, device_writer(bf16, HOST))
     engine.finish()
     for raw, values in zip(raws, (first, second), strict=True):
         assert_same(raw.numpy().view(bf16), expected(bf16, values))
@@ -204,9 +301,9 @@ def test_a_failure_leaves_no_work_on_memory_that_is_free_again(side, fail_at):
     def transfer():
         if side == "write":
             cast = device_writer(bf16, HOST)
-            typed.write_through(engine, pool, raw, bf16, values, cast)
+            transfers.write_through(engine, pool, raw, bf16, values, cast)
         else:
-            typed.read_through(engine, pool, raw, bf16, out, device_reader(bf16, HOST))
+            transfers.read_through(engine, pool, raw, bf16, out, device_reader(bf16, HOST))
 
     with pytest.raises(RuntimeError, match="on purpose"):
         transfer()
@@ -229,11 +326,11 @@ def test_where_little_memory_can_be_locked_fewer_lanes_do():
     values = random_values(3000)
     engine, pool = LateEngine(locked=1), staging.Pool(CHUNK)
     raw = torch.zeros(values.size * 2, dtype=torch.uint8)
-    typed.write_through(engine, pool, raw, bf16, values, device_writer(bf16, HOST))
+    transfers.write_through(engine, pool, raw, bf16, values, device_writer(bf16, HOST))
     engine.finish()
     assert_same(raw.numpy().view(bf16), expected(bf16, values))
-    with pytest.raises(typed._NoPinnedMemory):
-        typed.write_through(
+    with pytest.raises(transfers.NoPinnedMemory):
+        transfers.write_through(
             LateEngine(locked=0), staging.Pool(CHUNK), raw, bf16, values, device_writer(bf16, HOST)
         )
 
@@ -287,9 +384,9 @@ def test_threads_share_a_pool():
         raw = torch.zeros(values.size * 2, dtype=torch.uint8)
         engine = LateEngine()
         for _ in range(5):
-            typed.write_through(engine, pool, raw, bf16, values, device_writer(bf16, HOST))
+            transfers.write_through(engine, pool, raw, bf16, values, device_writer(bf16, HOST))
         out = np.zeros(values.size, np.float32)
-        typed.read_through(engine, pool, raw, bf16, out, device_reader(bf16, HOST))
+        transfers.read_through(engine, pool, raw, bf16, out, device_reader(bf16, HOST))
         found[seed] = out
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]

@@ -80,6 +80,9 @@ def test_bits_are_those_of_the_host(dtype):
         assert_same(fetched(memory, dtype, values.size), wanted)
         assert (memory[wanted.nbytes :] == 0xEE).all()
     assert_same(rlx.read_typed_to_f32(memory, dtype, values.size), back)
+    for out in (np.zeros_like(values), pinned(np.zeros_like(values))):
+        assert rlx.read_typed_to_f32(memory, dtype, values.size, out) is out
+        assert_same(out, back)
     for count in (1, 3, 700):
         assert rlx.write_typed_from_f32(memory, dtype, values[-count:]) == count
         assert_same(fetched(memory, dtype, count), wanted[-count:])
@@ -109,7 +112,13 @@ def test_sizes_around_the_borders_of_chunks(small_chunks, dtype, chunks, extra):
             assert_same(fetched(memory, dtype, count), wanted)
             assert (memory[wanted.nbytes :] == 0xEE).all()
         with np.errstate(all="ignore"):
-            assert_same(rlx.read_typed_to_f32(memory, dtype, count), wanted.real.astype(np.float32))
+            back = wanted.real.astype(np.float32)
+        assert_same(rlx.read_typed_to_f32(memory, dtype, count), back)
+        for whole in (np.full(count + 2, 7, np.float32), pinned(np.full(count + 2, 7, np.float32))):
+            out = whole[1:-1]
+            assert rlx.read_typed_to_f32(memory, dtype, count, out) is out
+            assert_same(out, back)
+            assert (whole[0], whole[-1]) == (7, 7)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f32", "i16", "f64", "c64", "f8_e5m2"])
@@ -173,6 +182,60 @@ def test_a_read_is_ordered_with_the_current_stream(heavy, side):
             few = typed_view.fill_(value + 0.5)
             assert (rlx.read_typed_to_f32(memory, "bf16", 10) == value + 0.5).all()
             del few
+
+
+@pytest.mark.parametrize("kind", ["pageable", "pinned", "small"])
+def test_a_read_into_an_array_is_ordered_with_the_current_stream(heavy, kind):
+    count = 700 if kind == "small" else 4 << 20
+    make = pinned if kind == "pinned" else np.copy
+    out = make(np.zeros(count, np.float32))
+    memory = torch.zeros(count * 2, dtype=torch.uint8, device=DEVICE)
+    typed_view = memory.view(torch.bfloat16)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for value in range(1, 6):
+            typed_view.copy_(spin(heavy).flatten()[:1].to(torch.bfloat16) * 0 + value)
+            assert rlx.read_typed_to_f32(memory, "bf16", count, out) is out
+            assert (out == value).all(), "the values are there when the call returns"
+            typed_view.fill_(-1)
+            assert (out == value).all()
+
+
+def test_pinned_memory_is_filled_without_the_copy_between(monkeypatch):
+    count = 1 << 20
+    memory = torch.zeros(count * 2, dtype=torch.uint8, device=DEVICE)
+    rlx.write_typed_from_f32(memory, "bf16", np.full(count, 3, np.float32))
+    monkeypatch.setattr(typed, "read_through", None)
+    out = pinned(np.zeros(count, np.float32))
+    assert (rlx.read_typed_to_f32(memory, "bf16", count, out) == 3).all()
+    buffer = rlx.Buffer.zeros(count * 2, "u8", DEVICE)
+    buffer.copy_from(memory)
+    out[:] = 0
+    assert (rlx.read_typed_to_f32(buffer, "bf16", count, out) == 3).all()
+
+
+@pytest.mark.parametrize("threads", [1, 64])
+def test_the_host_and_the_device_give_the_same(monkeypatch, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for dtype in (BF16, rlx.dtype("f16")):
+        assert typed.host_converts(dtype) == ((threads == 64),) * 2
+        values = np.concatenate([telling_values(dtype), random_values(3 << 20)])
+        wanted = expected(dtype, values)
+        memory = torch.full((wanted.nbytes + 8,), 0xEE, dtype=torch.uint8, device=DEVICE)
+        rlx.write_typed_from_f32(memory, dtype, values)
+        assert_same(fetched(memory, dtype, values.size), wanted)
+        assert (memory[wanted.nbytes :] == 0xEE).all()
+        with np.errstate(all="ignore"):
+            back = wanted.astype(np.float32)
+        assert_same(rlx.read_typed_to_f32(memory, dtype, values.size), back)
+
+
+@pytest.mark.parametrize("count", [10, 1 << 20])
+def test_autograd_is_told_of_a_write(count):
+    memory = torch.zeros(count * 2, dtype=torch.uint8, device=DEVICE)
+    version = memory._version
+    rlx.write_typed_from_f32(memory, "bf16", np.ones(count, np.float32))
+    assert memory._version > version
 
 
 def test_values_may_overlap_the_bytes():
@@ -264,8 +327,11 @@ def test_a_capture_refuses_it_and_nothing_is_changed(count):
     with stream.capture() as graph:
         with pytest.raises(rlx.CaptureError, match="typed write"):
             rlx.write_typed_from_f32(memory, "bf16", values)
-        with pytest.raises(rlx.CaptureError, match="typed read"):
-            rlx.read_typed_to_f32(memory, "bf16", count)
+        out = np.full(count, 7, np.float32)
+        for place in (None, out):
+            with pytest.raises(rlx.CaptureError, match="typed read"):
+                rlx.read_typed_to_f32(memory, "bf16", count, place)
+        assert (out == 7).all()
         with pytest.raises(rlx.CaptureError):
             rlx.write_typed_from_f32(buffer, "bf16", values)
         memory.view(torch.bfloat16).add_(1)

@@ -776,7 +776,7 @@ sys.modules["{framework}"] = None
 import rlx_driver as rlx
 try:
     rlx.intervals_from_{name}(lambda x: x, 1)
-except rlx.UnknownFrameworkError as error:
+except rlx.MissingPackageError as error:
     print(error)
 """
     )

@@ -390,7 +390,7 @@ def test_a_wrong_answer_of_omnimalloc_is_thrown_away(monkeypatch):
 
 def test_exact_without_omnimalloc_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "omnimalloc", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install rlx-driver\[planner\]"):
+    with pytest.raises(rlx.MissingPackageError, match=r"pip install rlx-driver\[planner\]"):
         rlx.plan_memory([("a", 1, 0, 0)], exact=True)
 
 
@@ -625,5 +625,5 @@ print("matplotlib.pyplot" in sys.modules)
 def test_the_plot_without_matplotlib_names_the_extra(monkeypatch, tmp_path):
     for name in ("matplotlib", "matplotlib.backends.backend_agg", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install rlx-driver\[viz\]"):
+    with pytest.raises(rlx.MissingPackageError, match=r"pip install rlx-driver\[viz\]"):
         rlx.plan_memory([("a", 1, 0, 0)]).plot(tmp_path / "plan.png")

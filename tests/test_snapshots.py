@@ -827,7 +827,7 @@ calls = [
 def refused(call, name, **more):
     try:
         call(**more)
-    except ModuleNotFoundError as error:
+    except rlx.MissingPackageError as error:
         assert error.name == name and "rlx-driver[snapshots]" in str(error), error
     else:
         raise AssertionError("it did not raise")

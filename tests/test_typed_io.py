@@ -418,6 +418,36 @@ def test_memory_of_another_form_is_refused():
         rlx.read_typed_to_f32(bytearray(8), "float99", 1)
 
 
+@pytest.mark.torch
+def test_tensors_of_another_form_are_refused():
+    import torch
+
+    for memory in (torch.zeros(2, 4, dtype=torch.uint8), torch.zeros(16, dtype=torch.uint8)[::2]):
+        with pytest.raises(rlx.ShapeError, match="C order"):
+            rlx.write_typed_from_f32(memory, "bf16", [1.0])
+    for dtype in (torch.int8, torch.bool, torch.float32):
+        with pytest.raises(rlx.DTypeError, match="uint8"):
+            rlx.write_typed_from_f32(torch.zeros(8, dtype=dtype), "bf16", [1.0])
+    for memory in (
+        torch.zeros(8, dtype=torch.uint8, device="meta"),
+        torch.zeros(8, dtype=torch.uint8).to_sparse(),
+    ):
+        with pytest.raises(rlx.ZeroCopyError):
+            rlx.write_typed_from_f32(memory, "bf16", [1.0])
+        with pytest.raises(rlx.ZeroCopyError):
+            rlx.read_typed_to_f32(memory, "bf16", 1)
+
+    def traced(memory):
+        with pytest.raises(rlx.ZeroCopyError):
+            rlx.write_typed_from_f32(memory, "bf16", [1.0])
+        return memory
+
+    assert not torch.func.vmap(traced)(torch.zeros(3, 8, dtype=torch.uint8)).any()
+    kept = torch.nn.Parameter(torch.zeros(8, dtype=torch.uint8), requires_grad=False)
+    assert rlx.write_typed_from_f32(kept, "bf16", [1.0]) == 1
+    assert rlx.read_typed_to_f32(kept, "bf16", 2).tolist() == [1, 0]
+
+
 @pytest.mark.jax
 def test_an_array_of_jax_is_not_written():
     import jax.numpy as jnp
@@ -436,6 +466,153 @@ def test_nothing_is_written_and_read():
         assert empty.dtype == np.float32
     with pytest.raises(rlx.ZeroCopyError):
         rlx.write_typed_from_f32(b"", "f64", [])
+
+
+# --- a read into memory that is there ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_is_read_into_an_array(way, dtype):
+    for count in (7, 3000, 40_001):
+        stored = expected(dtype, random_values(count)[:count])
+        with np.errstate(all="ignore"):
+            wanted = stored.real.astype(np.float32)
+        whole = np.full(count + 2, 7, np.float32)
+        out = whole[1:-1]
+        assert rlx.read_typed_to_f32(stored.view(np.uint8), dtype, count, out) is out
+        assert_same(out, wanted)
+        assert (whole[0], whole[-1]) == (7, 7)
+
+
+@pytest.mark.parametrize("count", [6, 40_002])
+@pytest.mark.parametrize("kind", writable_kinds())
+def test_bytes_of_every_kind_are_read_into_an_array(way, kind, count):
+    values = expected(BF16, random_values(count)[:count])
+    memory, _ = make(kind, 2 * count + 6)
+    rlx.write_typed_from_f32(memory, "bf16", values.astype(np.float32))
+    for shape in ((count,), (2, count // 2), (1, 2, count // 2, 1)):
+        out = np.zeros(shape, np.float32)
+        address = out.ctypes.data
+        assert rlx.read_typed_to_f32(memory, "bf16", count, out=out) is out
+        assert out.ctypes.data == address
+        assert_same(out.reshape(-1), values.astype(np.float32))
+
+
+def test_an_array_of_any_address_or_class_is_filled(way, tmp_path):
+    values = expected(BF16, random_values(20_000))
+    raw, count = values.view(np.uint8), values.size
+    bytes_ = np.zeros(4 * count + 1, np.uint8)
+    odd = bytes_[1:].view(np.float32)
+    assert not odd.flags.aligned
+    mapped = np.memmap(tmp_path / "out", np.float32, "w+", shape=(count,))
+    matrix = np.zeros((2, count // 2), np.float32).view(np.matrix)
+    for out in (odd, mapped, matrix):
+        for source in (raw, raw.tobytes(), rlx.Buffer.from_array(raw, copy=True)):
+            out[...] = 0
+            assert rlx.read_typed_to_f32(source, "bf16", count, out) is out
+            assert_same(np.asarray(out).reshape(-1).copy(), values.astype(np.float32))
+    mapped.flush()
+    on_disk = np.fromfile(tmp_path / "out", np.float32)
+    assert_same(on_disk, values.astype(np.float32))
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2, 4, 4000, 79_996])
+@pytest.mark.parametrize("dtype", ["bf16", "f8_e4m3fn", "f32", "i16", "f64", "int4"])
+@pytest.mark.parametrize("kind", ["numpy", pytest.param("torch", marks=pytest.mark.torch)])
+def test_an_array_may_overlap_the_bytes(way, kind, dtype, shift):
+    dtype, count = rlx.dtype(dtype), 20_000
+    for bytes_first in (True, False):
+        memory = np.zeros(count * 12 + 80_000, np.uint8)
+        start, place = (0, shift - shift % 4) if bytes_first else (shift, 0)
+        stored = expected(dtype, random_values(count)[:count])
+        source = memory[start : start + stored.nbytes]
+        source[:] = stored.view(np.uint8)
+        out = memory[place : place + 4 * count].view(np.float32)
+        if kind == "torch":
+            import torch
+
+            source = torch.from_numpy(source)
+        assert rlx.read_typed_to_f32(source, dtype, count, out) is out
+        with np.errstate(all="ignore"):
+            assert_same(out.copy(), stored.real.astype(np.float32))
+
+
+def test_an_array_may_be_a_view_of_the_buffer():
+    values = expected(BF16, random_values(20_000))
+    buffer = rlx.Buffer.zeros(4 * values.size, "u8")
+    buffer.numpy()[: 2 * values.size] = values.view(np.uint8)
+    out = buffer.numpy().view(np.float32)
+    assert rlx.read_typed_to_f32(buffer, "bf16", values.size, out) is out
+    assert_same(out.copy(), values.astype(np.float32))
+
+
+@pytest.mark.jax
+@pytest.mark.torch
+def test_other_memory_is_read_into_an_array():
+    import jax.numpy as jnp
+    import torch
+
+    from rlx_driver.testing import FakeDevice
+
+    values = expected(BF16, random_values(3000))
+    raw, wanted = values.view(np.uint8), values.astype(np.float32)
+    with FakeDevice() as fake:
+        far = rlx.Buffer.from_array(raw, copy=True).to(fake.device)
+        for source in (jnp.array(raw), far, torch.from_numpy(raw.copy())):
+            tensor = torch.zeros(2, values.size // 2)
+            out = tensor.numpy()
+            assert rlx.read_typed_to_f32(source, "bf16", values.size, out) is out
+            assert_same(tensor.numpy().reshape(-1), wanted)
+
+
+def refused_places():
+    read_only = np.full(6, 7, np.float32)
+    read_only.flags.writeable = False
+    return [
+        (np.full(5, 7, np.float32), rlx.ShapeError, "5 elements and 6"),
+        (np.full((2, 4), 7, np.float32), rlx.ShapeError, "8 elements and 6"),
+        (np.full(12, 7, np.float32)[::2], rlx.ShapeError, "C order"),
+        (np.full((3, 2), 7, np.float32).T, rlx.ShapeError, "C order"),
+        (np.full(6, 7, np.float64), rlx.DTypeError, "float32"),
+        (np.full(6, 7, ">f4"), rlx.DTypeError, "float32"),
+        (np.full(6, 7, np.uint32), rlx.DTypeError, "float32"),
+        (np.ma.array(np.full(6, 7, np.float32)), rlx.DTypeError, "NumPy"),
+        (read_only, rlx.ZeroCopyError, "read-only"),
+    ]
+
+
+@pytest.mark.parametrize("position", range(len(refused_places())))
+def test_an_array_that_does_not_fit_is_refused_and_left_alone(position):
+    out, error, says = refused_places()[position]
+    for source in (bytes(12), np.zeros(12, np.uint8), rlx.Buffer.zeros(12, "u8")):
+        with pytest.raises(error, match=says):
+            rlx.read_typed_to_f32(source, "bf16", 6, out)
+    assert (np.asarray(out) == 7).all()
+
+
+@pytest.mark.torch
+def test_an_array_is_left_alone_by_every_other_error():
+    import torch
+
+    out = np.full(6, 7, np.float32)
+    for place in (torch.zeros(6), rlx.Buffer.zeros(6), bytearray(24), [0.0] * 6):
+        with pytest.raises(rlx.DTypeError, match=r"tensor\.numpy\(\)"):
+            rlx.read_typed_to_f32(bytes(12), "bf16", 6, place)
+    for source in (bytes(11), np.zeros(11, np.uint8), rlx.Buffer.zeros(11, "u8")):
+        with pytest.raises(rlx.ShapeError, match="hold 5"):
+            rlx.read_typed_to_f32(source, "bf16", 6, out)
+    with pytest.raises(rlx.ShapeError, match="C order"):
+        rlx.read_typed_to_f32(np.zeros(24, np.uint8)[::2], "bf16", 6, out)
+    with pytest.raises(rlx.DTypeError, match="uint8"):
+        rlx.read_typed_to_f32(np.zeros(12, np.int8), "bf16", 6, out)
+    with pytest.raises(rlx.DTypeError, match="float99"):
+        rlx.read_typed_to_f32(bytes(12), "float99", 6, out)
+    for source in (bytes(12), np.zeros(12, np.uint8), rlx.Buffer.zeros(12, "u8")):
+        with rlx.no_copies(), pytest.raises(rlx.ZeroCopyError):
+            rlx.read_typed_to_f32(source, "bf16", 6, out)
+    assert (out == 7).all()
+    empty = np.zeros((0, 3), np.float32)
+    assert rlx.read_typed_to_f32(b"", "bf16", 0, empty) is empty
 
 
 # --- memory that overlaps ------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from rlx_driver.errors import (
     DTypeError,
     DuplicateError,
     LeakError,
+    MissingPackageError,
     OutOfDeviceMemory,
     PlanError,
     RaceError,
@@ -94,6 +95,7 @@ __all__ = [
     "MemoryInfo",
     "MemoryPlan",
     "MemoryReport",
+    "MissingPackageError",
     "OutOfDeviceMemory",
     "PlanError",
     # races

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from rlx_driver.plan import MemoryPlan
 
 __all__ = ["InOutMixin"]
+
+_Result = TypeVar("_Result", bound=np.ndarray[Any, Any])
 
 
 class InOutMixin:
@@ -156,10 +158,18 @@ class InOutMixin:
         self._look()
         return count
 
+    @overload
     def read_output_f32(
-        self, node: Hashable, dtype: Any, n_elements: int
-    ) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Convert the first elements of a node's slot to a new float32 array on the host.
+        self, node: Hashable, dtype: Any, n_elements: int, out: None = None
+    ) -> np.ndarray[Any, np.dtype[np.float32]]: ...
+
+    @overload
+    def read_output_f32(
+        self, node: Hashable, dtype: Any, n_elements: int, out: _Result
+    ) -> _Result: ...
+
+    def read_output_f32(self, node: Hashable, dtype: Any, n_elements: int, out: Any = None) -> Any:
+        """Convert the first elements of a node's slot to a float32 array on the host.
 
         Parameters
         ----------
@@ -169,13 +179,28 @@ class InOutMixin:
             What the elements of the slot are; any dtype.
         n_elements
             How many to read.
+        out
+            A float32 array of NumPy to fill, as `rlx_driver.read_typed_to_f32` takes it; None
+            makes a new one.
+
+        Returns
+        -------
+        numpy.ndarray
+            `out` itself, or the new array, of shape ``(n_elements,)``.
 
         Raises
         ------
         ShapeError
-            The slot does not hold that many.
+            The slot does not hold that many; `out` has gaps, or another number of elements.
         DTypeError, UnboundNameError, ClosedHandleError, StaleViewError
-            As for `buffer`.
+            As for `buffer`; `out` is not of float32.
+        ZeroCopyError
+            `out` is read-only, or inside `no_copies`.
+
+        Notes
+        -----
+        Copies: always. Blocks: until the values are there. In case of an error `out` was not
+        changed.
         """
         memory = self._open()
         if self._inspector is not None:
@@ -188,7 +213,7 @@ class InOutMixin:
                 f"{count:,} elements of {dt.name} were asked of {node!r} of {self._label}, which "
                 f"holds {room:,}"
             )
-        result = memory.read_f32(self._plan.offset(node), size, dt, count)
+        result = memory.read_f32(self._plan.offset(node), size, dt, count, out)
         self._look()
         return result
 

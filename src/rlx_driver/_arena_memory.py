@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from bisect import bisect_right
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlx_driver import _hooks
-from rlx_driver._arena_blocks import disjoint_blocks
+from rlx_driver._arena_blocks import disjoint_blocks, name_of
 from rlx_driver._arena_owned import OwnedBytes
 from rlx_driver._arena_values import bytes_of
 from rlx_driver._fence import fence
@@ -30,7 +31,7 @@ from rlx_driver.errors import StaleViewError, ZeroCopyError
 from rlx_driver.typed_io import read_typed_to_f32, write_typed_from_f32
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from rlx_driver.access import Access
     from rlx_driver.device import Device
@@ -115,9 +116,10 @@ class Memory:
         self.address = self._facts.address + self._shift
         self._process = os.getpid()
         if margin:
-            self._starts, self._ends, self._names = [-margin], [plan.size + margin], [label]
+            self._starts, self._ends, self._alone = [-margin], [plan.size + margin], [-1]
         else:
-            self._starts, self._ends, self._names = disjoint_blocks(plan, label)
+            self._starts, self._ends, self._alone = disjoint_blocks(plan)
+        self._nodes = plan.nodes
         self._bases: dict[int, Buffer] = {}
         self._raw: dict[tuple[int, int], Buffer] = {}
 
@@ -180,10 +182,16 @@ class Memory:
                     )
                 start, end = self._starts[block], self._ends[block]
                 native = self.backend.view(self._native, self._shift + start, (end - start,), _BYTE)
-                base = Buffer._adopt(native, self.backend, self._names[block])
+                base = Buffer._adopt(native, self.backend, self._name(block))
                 base._access.keeper = self._label
                 self._bases[block] = base
             return base
+
+    def _name(self, block: int) -> str:
+        row, start, end = self._alone[block], self._starts[block], self._ends[block]
+        if row >= 0:
+            return f"slot {name_of(self._nodes[row])} of {self._label}"
+        return f"memory at bytes {start:,} to {end:,} of {self._label}"
 
     def _bytes(self, offset: int, nbytes: int) -> Buffer:
         """Give a slot as bytes."""
@@ -210,15 +218,36 @@ class Memory:
         """Convert float32 values into a slot of a size, as many as fit."""
         return write_typed_from_f32(self._bytes(offset, size), dt, data, size // dt.itemsize)
 
-    def read_f32(
-        self, offset: int, size: int, dt: np.dtype[Any], count: int
-    ) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def read_f32(self, offset: int, size: int, dt: np.dtype[Any], count: int, out: Any) -> Any:
         """Convert the first elements of a slot of a size to float32."""
-        return read_typed_to_f32(self._bytes(offset, size), dt, count)
+        return read_typed_to_f32(self._bytes(offset, size), dt, count, out)
 
     # --- life
 
-    def renewed(self, plan: MemoryPlan) -> Memory:
+    @contextmanager
+    def exclusive(self) -> Iterator[list[Access]]:
+        """Have all accesses for writing, and the lock, so that nobody makes a slot meanwhile.
+
+        Who holds an access may be waiting for the lock, and the other way round: whoever has one
+        tries for the other, and steps back.
+        """
+        while True:
+            with self.lock:
+                bases = list(self._bases.values())
+            taken = [base._access for base in bases]
+            acquire(taken)
+            try:
+                if self.lock.acquire(blocking=False):
+                    try:
+                        if len(self._bases) == len(bases):
+                            yield taken
+                            return
+                    finally:
+                        self.lock.release()
+            finally:
+                release(taken)
+
+    def renewed(self, plan: MemoryPlan, taken: list[Access]) -> Memory:
         """Make everything taken so far stale, and give zeroed memory for a plan."""
         shift = _shift(self._facts.address, self.margin, widest_alignment(plan))
         fits = shift + plan.size + self.margin <= self._facts.byte_size
@@ -227,39 +256,29 @@ class Memory:
             made = make_memory(plan, self._device, self._owner, self._label, margin=self.margin)
             assert isinstance(made, Memory)
             fresh = made
-        with self.lock:
-            taken = [base._access for base in self._bases.values()]
-            acquire(taken)
-            try:
-                fence(taken)
-                _before_close(taken)
-                for access in taken:
-                    access.settle()
-                if fits:
-                    with self.backend.writing():
-                        self._native[...] = 0
-                for access in taken:
-                    access.after_native()
-                    access.written()
-                    access.close("stale")
-            finally:
-                release(taken)
+        fence(taken)
+        _before_close(taken)
+        for access in taken:
+            access.settle()
+        if fits:
+            with self.backend.writing():
+                self._native[...] = 0
+        for access in taken:
+            access.after_native()
+            access.written()
+            access.close("stale")
         return fresh or Memory(
             self._native, self.backend, self._device, self._owner, self._label, plan, self.margin
         )
 
-    def close(self) -> None:
+    def close(self, taken: list[Access]) -> None:
         """Give the memory up."""
-        with self.lock:
-            taken = [base._access for base in self._bases.values()]
-            acquire(taken)
-            _before_close(taken)
-            for access in taken:
-                access.close()
-            release(taken)
-            self._bases.clear()
-            self._raw.clear()
-            self._native = None
+        _before_close(taken)
+        for access in taken:
+            access.close()
+        self._bases.clear()
+        self._raw.clear()
+        self._native = None
 
 
 def _before_close(accesses: list[Access]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,9 +16,10 @@ from rlx_driver.errors import ZeroCopyError
 from rlx_driver.typed_io import read_typed_to_f32, write_typed_from_f32
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from rlx_driver._owned import Owner
+    from rlx_driver.access import Access
     from rlx_driver.backends.base import FunctionalBackend
     from rlx_driver.buffer import Buffer
     from rlx_driver.device import Device
@@ -98,13 +100,18 @@ class OwnedBytes:
         self.put(offset, raw[: count * dt.itemsize])
         return count
 
-    def read_f32(
-        self, offset: int, size: int, dt: np.dtype[Any], count: int
-    ) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def read_f32(self, offset: int, size: int, dt: np.dtype[Any], count: int, out: Any) -> Any:
         """Copy to the host, and convert there."""
-        return read_typed_to_f32(self.read(offset, _BYTE, (count * dt.itemsize,)), dt, count)
+        raw = self.read(offset, _BYTE, (count * dt.itemsize,))
+        return read_typed_to_f32(raw, dt, count, out)
 
-    def renewed(self, plan: MemoryPlan) -> OwnedBytes:
+    @contextmanager
+    def exclusive(self) -> Iterator[list[Access]]:
+        """Have the memory alone; there are no accesses."""
+        with self.lock:
+            yield []
+
+    def renewed(self, plan: MemoryPlan, taken: list[Access]) -> OwnedBytes:
         """Give zeroed memory for a plan."""
         with self.lock:
             owner = self._owner
@@ -117,6 +124,6 @@ class OwnedBytes:
             fresh._room = max(self._room, plan.size)
             return fresh
 
-    def close(self) -> None:
+    def close(self, taken: list[Access]) -> None:
         """Give the memory up."""
         self._owner = None

@@ -72,7 +72,7 @@ def write_cast(
 
 
 def read_cast(raw: np.ndarray[Any, Any], dtype: np.dtype[Any], out: np.ndarray[Any, Any]) -> None:
-    """Convert bytes to float32 values.
+    """Convert bytes to float32 values; they may overlap.
 
     Parameters
     ----------
@@ -81,9 +81,10 @@ def read_cast(raw: np.ndarray[Any, Any], dtype: np.dtype[Any], out: np.ndarray[A
     dtype
         One of `rlx_driver.dtypes.TABLE`.
     out
-        One-dimensional contiguous float32 of ``raw.size // dtype.itemsize`` elements; it does not
-        overlap `raw`.
+        One-dimensional contiguous and aligned float32 of ``raw.size // dtype.itemsize`` elements.
     """
+    if np.may_share_memory(raw, out):
+        raw = raw.copy()
     if out.size >= HOST_KERNELS_FROM:
         kernel = framework_kernels(dtype)[1]
         if kernel is not None and _read(kernel, raw, dtype, out):
@@ -102,7 +103,7 @@ def _write(
 
     Returns False where the kernel cannot be used here.
     """
-    if _aligned(raw, dtype) and source.flags.aligned:
+    if source.flags.aligned and (dtype.itemsize == 1 or raw.view(dtype).flags.aligned):
         return kernel(raw, source) is not False
     size, count = dtype.itemsize, min(source.size, BLOCK)
     values, scratch = np.empty(count, np.float32), np.empty(count, dtype).view(np.uint8)
@@ -118,7 +119,7 @@ def _write(
 def _read(
     kernel: Kernel, raw: np.ndarray[Any, Any], dtype: np.dtype[Any], out: np.ndarray[Any, Any]
 ) -> bool:
-    if _aligned(raw, dtype):
+    if dtype.itemsize == 1 or raw.view(dtype).flags.aligned:
         return kernel(raw, out) is not False
     size = dtype.itemsize
     scratch = np.empty(min(out.size, BLOCK), dtype).view(np.uint8)
@@ -128,7 +129,3 @@ def _read(
         if kernel(scratch[: n * size], out[start : start + n]) is False:
             return False
     return True
-
-
-def _aligned(raw: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> bool:
-    return dtype.itemsize == 1 or bool(raw.view(dtype).flags.aligned)

@@ -104,11 +104,16 @@ def _is_exponent_alone(dtype: np.dtype[Any]) -> bool:
 
 def writer(dtype: np.dtype[Any], count: int) -> Kernel:
     """Give the kernel that converts `count` float32 values to a dtype."""
+    return _writer(dtype, count < _SMALL)
+
+
+@functools.cache  # for the name of a dtype, among others, takes microseconds
+def _writer(dtype: np.dtype[Any], few: bool) -> Kernel:
     if dtype.kind == "b":
         return _write_bool
-    if is_integer(dtype) and (dtype.kind in "iu" or count < _SMALL):
+    if is_integer(dtype) and (dtype.kind in "iu" or few):
         return functools.partial(_write_integers, dtype)
-    if dtype.itemsize == 1 and count >= _SMALL:
+    if dtype.itemsize == 1 and not few:
         if _is_exponent_alone(dtype):
             return _write_exponents
         return functools.partial(_write_by_table, write_table(dtype))
@@ -117,9 +122,14 @@ def writer(dtype: np.dtype[Any], count: int) -> Kernel:
 
 def reader(dtype: np.dtype[Any], count: int) -> Kernel:
     """Give the kernel that converts `count` elements of a dtype to float32."""
+    return _reader(dtype, count < 2 * _SMALL)
+
+
+@functools.cache
+def _reader(dtype: np.dtype[Any], few: bool) -> Kernel:
     if dtype.itemsize > 1 or dtype in _WORDS:
         return functools.partial(_read_plain, dtype)
-    if count < 2 * _SMALL:
+    if few:
         return functools.partial(_read_by_table, read_table(dtype))
     return functools.partial(_read_by_pairs, dtype)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlx_driver._plan_slots import round_up
+from rlx_driver.errors import MissingPackageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,7 +46,7 @@ def require() -> None:
     try:
         import omnimalloc  # noqa: F401
     except ImportError as error:
-        raise ModuleNotFoundError(
+        raise MissingPackageError(
             "exact=True needs omnimalloc, which is not installed; "
             "pip install rlx-driver[planner], or plan without exact"
         ) from error

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlx_driver._plan_report import amount
+from rlx_driver.errors import MissingPackageError
 
 if TYPE_CHECKING:
     import os
@@ -32,7 +33,7 @@ def draw(plan: MemoryPlan, table: Table, slots: Slots, path: str | os.PathLike[s
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ModuleNotFoundError(
+        raise MissingPackageError(
             "plot needs matplotlib, which is not installed; pip install rlx-driver[viz]"
         ) from error
     # A figure of its own, so that neither pyplot's state nor its backend is touched.

@@ -71,7 +71,7 @@ class ArenaFiles:
             `path` is no file. Nothing was written.
         OSError
             The file cannot be written.
-        ModuleNotFoundError
+        MissingPackageError
             safetensors is missing, or rich: ``pip install rlx-driver[snapshots]``.
         ZeroCopyError
             Inside `no_copies`, on a GPU.
@@ -128,7 +128,7 @@ class ArenaFiles:
             It cannot be read.
         ZeroCopyError
             Inside `no_copies`, unless it is mapped.
-        DeviceUnavailableError, OutOfDeviceMemory, ModuleNotFoundError
+        DeviceUnavailableError, OutOfDeviceMemory, MissingPackageError
             As for `Arena` and `save`.
         """
         place = Device(device)

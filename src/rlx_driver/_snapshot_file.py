@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rlx_driver.errors import SnapshotError
+from rlx_driver.errors import MissingPackageError, SnapshotError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -65,7 +65,7 @@ def require_library() -> ModuleType:
 
     Raises
     ------
-    ModuleNotFoundError
+    MissingPackageError
         It is not installed.
     SnapshotError
         The host is big-endian, and the format is not.
@@ -75,7 +75,7 @@ def require_library() -> ModuleType:
     try:
         import safetensors
     except ImportError as error:
-        raise ModuleNotFoundError(
+        raise MissingPackageError(
             f"snapshots are safetensors files, and safetensors cannot be imported ({error}): pip "
             "install rlx-driver[snapshots]",
             name="safetensors",

@@ -132,6 +132,7 @@ def _columns(said: Any) -> dict[str, list[Any]]:
     for name in _COLUMNS:
         if not isinstance(said.get(name), list):
             raise _bad(f"it has no column {name!r}")
+    for name in _COLUMNS:
         if len(said[name]) != len(said["nodes"]):
             raise _bad(f"column {name!r} is not as long as the one of the nodes")
     return said

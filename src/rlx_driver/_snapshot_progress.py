@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
-from rlx_driver.errors import SnapshotError
+from rlx_driver.errors import MissingPackageError, SnapshotError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ def reporting(progress: Progress, total: int, what: str) -> Iterator[Callable[[i
     ------
     SnapshotError
         `progress` is something else.
-    ModuleNotFoundError
+    MissingPackageError
         rich is not installed.
     """
     if progress is None or progress is False:
@@ -67,7 +67,7 @@ def _bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
     try:
         from rich import progress as rich
     except ImportError as error:
-        raise ModuleNotFoundError(
+        raise MissingPackageError(
             f"progress=True draws with rich, which cannot be imported ({error}): pip install "
             "rlx-driver[snapshots], or give a function",
             name="rich",

@@ -68,7 +68,7 @@ class RegionFiles:
             A name is no text that can be written, or `path` is no file. Nothing was written.
         OSError
             The file cannot be written.
-        ModuleNotFoundError
+        MissingPackageError
             safetensors is missing, or rich: ``pip install rlx-driver[snapshots]``.
         ZeroCopyError
             Inside `no_copies`, off the host.
@@ -125,7 +125,7 @@ class RegionFiles:
             It cannot be read.
         ZeroCopyError
             Inside `no_copies`, when bytes have to be read.
-        DeviceUnavailableError, OutOfDeviceMemory, ModuleNotFoundError
+        DeviceUnavailableError, OutOfDeviceMemory, MissingPackageError
             As for `HandleRegion` and `save`. Nothing is left of what was made.
         """
         with open_snapshot(path) as file:

@@ -1,4 +1,4 @@
-"""The float32 values of a typed write: what may be one, and where it is brought."""
+"""The float32 values of typed I/O: what is taken for some, and where they may be put."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 from rlx_driver._exchange import exchange
 from rlx_driver.backends.base import Backend, FunctionalBackend
 from rlx_driver.buffer import Buffer
-from rlx_driver.errors import DTypeError, ZeroCopyError
+from rlx_driver.errors import DTypeError, ShapeError, ZeroCopyError
 from rlx_driver.registry import registry
 
 if TYPE_CHECKING:
     from rlx_driver.backends.base import ArrayFacts
 
-__all__ = ["Source", "is_everyday_source"]
+__all__ = ["Source", "is_everyday_source", "place_of"]
 
 _FLOAT = np.dtype(np.float32)
 _REMEDY = "src.astype('float32') (torch: src.float())"
@@ -95,6 +95,39 @@ class Source:
 def is_everyday_source(src: Any) -> bool:
     """Tell quickly whether values are plain memory of the host in C order."""
     return type(src) is np.ndarray and src.dtype == _FLOAT and bool(src.flags.c_contiguous)
+
+
+def place_of(out: Any, count: int) -> np.ndarray[Any, Any]:
+    """See the array that a user gave for the result of a read as one axis of float32, checked.
+
+    Raises
+    ------
+    DTypeError, ShapeError, ZeroCopyError
+        As `rlx_driver.read_typed_to_f32` says.
+    """
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        raise DTypeError(
+            f"out is a {type(out).__qualname__}: pass a float32 array of NumPy (of a torch tensor "
+            "of the host, tensor.numpy(); of a Buffer, a view from its write scope). Nothing was "
+            "changed"
+        )
+    if out.dtype != _FLOAT:
+        raise DTypeError(
+            f"out is an array of {out.dtype}: pass one of float32. Nothing was changed"
+        )
+    if not out.flags.writeable:
+        raise ZeroCopyError("out is read-only: pass an array that may be written")
+    if not out.flags.c_contiguous:
+        raise ShapeError(
+            f"out is an array of shape {out.shape} and strides {out.strides}: pass one in C order, "
+            "without gaps. Nothing was changed"
+        )
+    if out.size != count:
+        raise ShapeError(
+            f"out has {out.size:,} elements and {count:,} were asked for: pass an array of that "
+            "many. Nothing was changed"
+        )
+    return np.asarray(out).reshape(-1)
 
 
 def _foreign_values(src: Any) -> np.ndarray[Any, Any]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rlx_driver import _hooks
 from rlx_driver._arena_debug import MARGIN, Inspector, guarded
 from rlx_driver._arena_io import InOutMixin
+from rlx_driver._arena_life import LifeMixin, require_plan
 from rlx_driver._arena_memory import Memory, make_memory
 from rlx_driver._memory import Contents, Pool, Slot, register
 from rlx_driver._snapshot_arena import ArenaFiles
 from rlx_driver.backends.base import accounting
 from rlx_driver.device import Device
-from rlx_driver.errors import ClosedHandleError, DTypeError, PlanError
-from rlx_driver.plan import MemoryPlan
+from rlx_driver.errors import ClosedHandleError, DTypeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
@@ -22,11 +21,12 @@ if TYPE_CHECKING:
     from rlx_driver._arena_owned import OwnedBytes
     from rlx_driver.backends.accounting import Allocation
     from rlx_driver.buffer import Buffer
+    from rlx_driver.memory_plan import MemoryPlan
 
 __all__ = ["Arena"]
 
 
-class Arena(InOutMixin, ArenaFiles):
+class Arena(LifeMixin, InOutMixin, ArenaFiles):
     """One allocation on a device, laid out by a plan; every node has its slot in it.
 
     A slot is a `Buffer` (`buffer`): NumPy, torch and JAX see it and change it in place, like a
@@ -84,7 +84,7 @@ class Arena(InOutMixin, ArenaFiles):
         name: str | None = None,
         debug: bool = False,
     ) -> None:
-        _require_plan(plan)
+        require_plan(plan)
         self._lay(plan, Device(device), name, debug)
         margin = MARGIN if debug else 0
         self._memory: Memory | OwnedBytes | None
@@ -229,25 +229,29 @@ class Arena(InOutMixin, ArenaFiles):
         ClosedHandleError, StaleViewError
             After `close`; in a debug arena, outside of the node's life.
         """
-        memory = self._open()
+        self._open()
         if self._inspector is not None:
             self._inspector.visit(node)
-        key = (node, dtype, shape)
         try:
-            buffer = self._buffers.get(key)
+            buffer = self._buffers.get((node, dtype, shape))
         except TypeError:  # a shape as a list
             buffer = None
-        if buffer is None:
-            dt, lengths = self._spec(node, dtype, shape)
-            key = (node, dt, lengths)
+        return self._slot(node, dtype, shape) if buffer is None else buffer
+
+    def _slot(self, node: Hashable, dtype: Any, shape: Any) -> Buffer:
+        while True:
+            memory = self._open()
             with memory.lock:
-                buffer = self._buffers.get(key)
+                if memory is not self._memory:
+                    continue  # another thread has reset the arena meanwhile
+                dt, lengths = self._spec(node, dtype, shape)
+                buffer = self._buffers.get((node, dt, lengths))
                 if buffer is None:
                     buffer = memory.slot(self._plan.offset(node), dt, lengths)
-                    self._buffers[key] = buffer
+                    self._buffers[node, dt, lengths] = buffer
                 if dtype is None and shape is None:
                     self._buffers[node, None, None] = buffer
-        return buffer
+                return buffer
 
     def view(
         self, node: Hashable, dtype: Any = None, shape: int | tuple[int, ...] | None = None
@@ -274,73 +278,6 @@ class Arena(InOutMixin, ArenaFiles):
 
     def __getitem__(self, node: Hashable) -> Any:
         return self.view(node)
-
-    # --- life --------------------------------------------------------------------------------
-
-    def reset(self) -> None:
-        """Begin anew: the bytes are zero again, and whatever was taken before is stale.
-
-        Blocks until readers and scopes are done. JAX arrays of slots die, their Buffers raise
-        `StaleViewError`; NumPy and torch views taken before still see the arena's memory.
-
-        Raises
-        ------
-        ZeroCopyError
-            An alias of a JAX array holds a slot's memory (see `Buffer.write`). Nothing was changed.
-        ArrayCorruptionError
-            Of a debug arena: see `check`.
-        """
-        memory = self._open()
-        self._look()
-        self._renew(memory, self._plan, self._asked)
-
-    def replan(self, plan: MemoryPlan) -> None:
-        """Lay the arena out by another plan; else as `reset`. Contents are not kept.
-
-        The allocation stays where it is when it is large enough; else there is a new one, and the
-        old one is freed with the last view of it.
-
-        Raises
-        ------
-        PlanError, OutOfDeviceMemory
-            It is no plan, or the device has not that much memory. Nothing was changed.
-        ZeroCopyError
-            As for `reset`.
-        """
-        memory = self._open()
-        _require_plan(plan)
-        self._look()
-        self._renew(memory, guarded(plan) if self._debug else plan, plan)
-
-    def _renew(self, memory: Memory | OwnedBytes, plan: MemoryPlan, asked: MemoryPlan) -> None:
-        with memory.lock:
-            self._memory, made = accounting.record(memory.renewed, plan)
-            self._maker.claim(made)
-            self._plan, self._asked = plan, asked
-            self._buffers = {}
-            self._views = {}
-            self._generation += 1
-            self._inspect()
-        if _hooks.checker is not None:
-            _hooks.checker.announce()
-
-    def close(self) -> None:
-        """Give the memory up; it is freed when the last view of it is gone. Twice is fine.
-
-        Blocks until scopes of other threads are left. Later accesses raise `ClosedHandleError`.
-        """
-        if (memory := self._memory) is None:
-            return
-        try:
-            self._look()
-        finally:
-            with memory.lock:
-                self._memory = self._inspector = None
-                self._buffers = {}
-                self._views = {}
-            memory.close()
-            if _hooks.checker is not None:
-                _hooks.checker.announce()  # may raise, as warnings do where they are errors
 
     def __enter__(self) -> Arena:
         return self
@@ -394,11 +331,3 @@ class Arena(InOutMixin, ArenaFiles):
         if self._memory is None:
             raise ClosedHandleError(f"{self._label} is closed: make a new one")
         return self._memory
-
-
-def _require_plan(plan: Any) -> None:
-    if not isinstance(plan, MemoryPlan):
-        raise PlanError(
-            f"an arena is laid out by a MemoryPlan; got a {type(plan).__qualname__}: make one with "
-            "rlx_driver.plan_memory(intervals)"
-        )

@@ -23,6 +23,7 @@ __all__ = [
     "DriverError",
     "DuplicateError",
     "LeakError",
+    "MissingPackageError",
     "OutOfDeviceMemory",
     "PlanError",
     "RaceError",
@@ -61,6 +62,10 @@ class DuplicateError(ShapeError):
 
 class DeviceUnavailableError(DriverError, RuntimeError):
     """A device, or the package that drives it, is missing on this machine."""
+
+
+class MissingPackageError(DriverError, ModuleNotFoundError):
+    """Something was asked for that needs an optional package; the text says how to install it."""
 
 
 class UnknownFrameworkError(DriverError, ValueError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from rlx_driver.errors import UnknownFrameworkError
+from rlx_driver.errors import MissingPackageError
 
 if TYPE_CHECKING:
     from rlx_driver.interval import Interval
@@ -50,7 +50,7 @@ def intervals_from_fx(graph_module_or_fn: Any, /, *args: Any, **kwargs: Any) -> 
     PlanError
         It cannot be traced (a shape or a branch depends on values, an operator has no shape rule),
         a size is symbolic, or arguments are missing; the text names the node.
-    UnknownFrameworkError
+    MissingPackageError
         torch is not installed.
 
     Examples
@@ -102,7 +102,7 @@ def intervals_from_jaxpr(fn: Any, /, *args: Any, **kwargs: Any) -> list[Interval
     ------
     PlanError
         It cannot be traced (a shape or a Python branch depends on values), or a shape is symbolic.
-    UnknownFrameworkError
+    MissingPackageError
         JAX is not installed.
 
     Examples
@@ -126,7 +126,7 @@ def _tracer(module: str, framework: str) -> Any:
     try:
         importlib.import_module(framework)
     except ImportError as error:
-        raise UnknownFrameworkError(
+        raise MissingPackageError(
             f"intervals_from_{module} was asked for, and {framework} cannot be imported "
             f"({error}): install rlx-driver[{framework}]"
         ) from error

@@ -315,7 +315,7 @@ class MemoryPlan:
 
         Raises
         ------
-        ModuleNotFoundError
+        MissingPackageError
             matplotlib is not installed.
         """
         from rlx_driver._plan_plot import draw

@@ -68,7 +68,7 @@ def plan_memory(
         A node stands in it twice.
     CapacityError
         No plan was found within `capacity`; the text shows the peak and who is alive at it.
-    ModuleNotFoundError
+    MissingPackageError
         `exact` was asked for and omnimalloc is not installed.
 
     Examples

@@ -7,14 +7,14 @@ and leave the conversion to the backend whose memory it is.
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
 from rlx_driver import dtypes
-from rlx_driver._casts import write_cast
+from rlx_driver._casts import read_cast, write_cast
 from rlx_driver._ledger import ledger
-from rlx_driver._typed_values import Source, is_everyday_source
+from rlx_driver._typed_values import Source, place_of
 from rlx_driver.backends.base import Backend, FunctionalBackend
 from rlx_driver.buffer import Buffer
 from rlx_driver.errors import CaptureError, DTypeError, ShapeError, ZeroCopyError
@@ -22,7 +22,8 @@ from rlx_driver.registry import registry
 
 __all__ = ["read_typed_to_f32", "write_typed_from_f32"]
 
-_BYTE = np.dtype(np.uint8)
+_BYTE, _FLOAT = np.dtype(np.uint8), np.dtype(np.float32)
+_Result = TypeVar("_Result", bound=np.ndarray[Any, Any])
 
 
 def write_typed_from_f32(dst: Any, dtype: Any, src: Any, max_elems: int | None = None) -> int:
@@ -85,20 +86,33 @@ def write_typed_from_f32(dst: Any, dtype: Any, src: Any, max_elems: int | None =
     """
     dt = dtypes.info(dtype).dtype
     limit = None if max_elems is None else _count(max_elems, "max_elems")
-    if _is_everyday(dst) and is_everyday_source(src):  # the same as below, in fewer steps
-        count = int(src.size) if limit is None else min(int(src.size), limit)
+    # The same as below for everyday arrays, in few steps: after each conversion of some MiB the
+    # caches hold none of what a step needs, and each takes microseconds.
+    if (
+        type(dst) is type(src) is np.ndarray
+        and dst.dtype is _BYTE
+        and src.dtype is _FLOAT
+        and dst.ndim == src.ndim == 1
+        and dst.flags.carray
+        and src.flags.c_contiguous
+    ):
+        count = src.size if limit is None else min(src.size, limit)
         needed = count * dt.itemsize
         if 0 < needed <= dst.size:
             ledger.will_copy(needed, "write_typed_from_f32")
-            write_cast(dst[:needed], dt, src.reshape(-1)[:count])
-            return count
+            write_cast(
+                dst if needed == dst.size else dst[:needed],
+                dt,
+                src if count == src.size else src[:count],
+            )
+            return int(count)
     source = Source(src)
     count = source.size if limit is None else min(source.size, limit)
     needed = count * dt.itemsize
     if isinstance(dst, Buffer):
         whole, held = None, _size_of(dst, "dst")
     else:
-        whole, owner = _writable(dst)
+        whole, owner = _bytes(dst, "dst", to_write=True)
         held = int(whole.shape[0])
     if needed > held:
         room = held // dt.itemsize
@@ -112,11 +126,22 @@ def write_typed_from_f32(dst: Any, dtype: Any, src: Any, max_elems: int | None =
     if whole is None:
         _write_buffer(_part(dst, needed), dt, source, count)
     else:
-        owner.write_f32(owner.index(whole, slice(0, needed)), dt, source.taken(owner, count))
+        part = whole if needed == held else owner.index(whole, slice(0, needed))
+        owner.write_f32(part, dt, source.taken(owner, count))
     return count
 
 
-def read_typed_to_f32(src: Any, dtype: Any, n: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+@overload
+def read_typed_to_f32(
+    src: Any, dtype: Any, n: int, out: None = None
+) -> np.ndarray[Any, np.dtype[np.float32]]: ...
+
+
+@overload
+def read_typed_to_f32(src: Any, dtype: Any, n: int, out: _Result) -> _Result: ...
+
+
+def read_typed_to_f32(src: Any, dtype: Any, n: int, out: Any = None) -> Any:
     """Convert the first `n` elements of raw bytes to float32.
 
     Exact for every dtype of at most 24 bits of precision; float64 and wider integers are rounded
@@ -131,27 +156,36 @@ def read_typed_to_f32(src: Any, dtype: Any, n: int) -> np.ndarray[Any, np.dtype[
         What the bytes mean; anything `rlx_driver.dtype` takes.
     n
         The number of elements.
+    out
+        A float32 array of NumPy to fill: writable, in C order, of any shape with exactly `n`
+        elements; it may overlap `src`. From a GPU pinned memory is filled without a copy between.
+        The framework of a view is not told, as of any write to one. None makes new memory, whose
+        pages take longer to come by than the values.
 
     Returns
     -------
     numpy.ndarray
-        float32, of shape ``(n,)``; new memory.
+        `out` itself; without one, new memory of float32 and of shape ``(n,)``.
 
     Raises
     ------
     ShapeError
-        `n` is negative or more than `src` holds; `src` has gaps or more axes.
+        `n` is negative or more than `src` holds; `src` has gaps or more axes; `out` has gaps, or
+        more or fewer elements.
     DTypeError
-        No such dtype; `src` is an array of another dtype than uint8.
+        No such dtype; `src` is an array of another dtype than uint8, `out` one of another than
+        float32, or not one of NumPy.
     ZeroCopyError
-        `src` cannot be read, or inside `no_copies`.
+        `src` cannot be read, `out` cannot be written, or inside `no_copies`.
     CaptureError
         While a CUDA graph is captured.
+
+    In every case `out` was not changed.
 
     Notes
     -----
     Copies: always; the ledger counts the bytes read. Blocks: until the values are there. Aliases:
-    nothing.
+    nothing but `out`.
 
     Examples
     --------
@@ -162,10 +196,23 @@ def read_typed_to_f32(src: Any, dtype: Any, n: int) -> np.ndarray[Any, np.dtype[
     dt = dtypes.info(dtype).dtype
     count = _count(n, "n")
     needed = count * dt.itemsize
+    place = None if out is None else place_of(out, count)
+    if (  # again an everyday array
+        type(src) is np.ndarray
+        and src.dtype is _BYTE
+        and src.ndim == 1
+        and src.flags.c_contiguous
+        and 0 < needed <= src.size
+        and (place is None or place.flags.aligned)
+    ):
+        ledger.will_copy(needed, "read_typed_to_f32")
+        result = np.empty(count, np.float32) if place is None else place
+        read_cast(src if needed == src.size else src[:needed], dt, result)
+        return result if out is None else out
     if isinstance(src, Buffer):
         whole, held = None, _size_of(src, "src")
     else:
-        whole, owner = _readable(src)
+        whole, owner = _bytes(src, "src")
         held = int(whole.shape[0])
     if needed > held:
         raise ShapeError(
@@ -173,47 +220,31 @@ def read_typed_to_f32(src: Any, dtype: Any, n: int) -> np.ndarray[Any, np.dtype[
             f"are {held:,} bytes, which hold {held // dt.itemsize:,}"
         )
     if not count:
-        return np.empty(0, np.float32)
+        return np.empty(0, np.float32) if out is None else out
     ledger.will_copy(needed, "read_typed_to_f32")
+    filled = None if place is None or not place.flags.aligned else place
     if whole is not None:
-        return owner.read_f32(owner.index(whole, slice(0, needed)), dt)
-    part = _part(src, needed)
-    _require_no_capture(part, "read")
-    with part.read(part._backend.name) as native:
-        return part._backend.read_f32(native, dt)
+        part = whole if needed == held else owner.index(whole, slice(0, needed))
+        found = owner.read_f32(part, dt, filled)
+    else:
+        part = _part(src, needed)
+        _require_no_capture(part, "read")
+        with part.read(part._backend.name) as native:
+            found = part._backend.read_f32(native, dt, filled)
+    if place is not None and filled is None:
+        np.copyto(place, found)
+    return found if out is None else out
 
 
 # --- the bytes -----------------------------------------------------------------------------------
 
 
-def _writable(dst: Any) -> tuple[Any, Backend]:
-    memory, backend = _readable(dst, "dst")
-    if _is_everyday(memory):
-        return memory, backend
-    if isinstance(backend, FunctionalBackend):
-        raise ZeroCopyError(
-            f"dst is an array of {backend.name}, which is immutable: write to a Buffer, or to an "
-            "array of NumPy or torch. Nothing was changed"
-        )
-    if backend.facts(memory).read_only:
-        raise ZeroCopyError(
-            f"dst is a read-only {type(dst).__qualname__}: pass memory that may be written, such "
-            "as a bytearray. Nothing was changed"
-        )
-    return memory, backend
-
-
-def _is_everyday(x: Any) -> bool:
-    """Tell quickly whether bytes are plain memory of the host that may be written."""
-    return type(x) is np.ndarray and x.dtype == _BYTE and x.ndim == 1 and bool(x.flags.carray)
-
-
-def _readable(x: Any, name: str = "src") -> tuple[Any, Backend]:
+def _bytes(x: Any, name: str, *, to_write: bool = False) -> tuple[Any, Backend]:
     """Give one run of bytes, and the backend of its array."""
     backend = registry.for_array(x)
     if backend is None:
-        return _exported(x, name), registry.get("numpy")
-    if _is_everyday(x):
+        x, backend = _exported(x, name), registry.get("numpy")
+    if backend.is_plain_bytes(x):
         return x, backend
     facts = backend.facts(x)
     if facts.obstacle is not None and facts.obstacle.kind != "dtype":
@@ -223,6 +254,16 @@ def _readable(x: Any, name: str = "src") -> tuple[Any, Backend]:
         raise ShapeError(
             f"{name} is to be one run of bytes, and is an array of shape {facts.shape} and strides "
             f"{facts.strides}: pass it in C order, with one axis. Nothing was changed"
+        )
+    if to_write and isinstance(backend, FunctionalBackend):
+        raise ZeroCopyError(
+            f"{name} is an array of {backend.name}, which is immutable: write to a Buffer, or to "
+            "an array of NumPy or torch. Nothing was changed"
+        )
+    if to_write and facts.read_only:
+        raise ZeroCopyError(
+            f"{name} is read-only: pass memory that may be written, such as a bytearray. Nothing "
+            "was changed"
         )
     return x, backend
 

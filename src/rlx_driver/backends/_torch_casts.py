@@ -132,7 +132,8 @@ def _write_host(
     memory = torch.from_numpy(raw)
     if type(memory) is not torch.Tensor:
         return False
-    memory.view(theirs).copy_(host_tensor(source))
+    values = torch.from_numpy(source) if source.flags.writeable else host_tensor(source)
+    memory.view(theirs).copy_(values)
     return True
 
 

@@ -121,11 +121,26 @@ class NumpyBackend(Backend):
         """Convert values straight into the memory."""
         write_cast(destination, dtype, source.reshape(-1))
 
-    def read_f32(self, source: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    def read_f32(
+        self,
+        source: np.ndarray[Any, Any],
+        dtype: np.dtype[Any],
+        out: np.ndarray[Any, Any] | None = None,
+    ) -> np.ndarray[Any, Any]:
         """Convert straight out of the memory."""
-        out = np.empty(source.size // dtype.itemsize, np.float32)
+        if out is None:
+            out = np.empty(source.size // dtype.itemsize, np.float32)
         read_cast(source, dtype, out)
         return out
+
+    def is_plain_bytes(self, array: Any) -> bool:
+        """Tell quickly that an array is one run of bytes that may be written."""
+        return (
+            type(array) is np.ndarray
+            and array.dtype == np.uint8
+            and array.ndim == 1
+            and bool(array.flags.carray)
+        )
 
     def obstacle(self, facts: ArrayFacts) -> Obstacle | None:
         """NumPy takes any strides, alignment and dtype of the table, on the host."""

@@ -48,8 +48,10 @@ class TypedIO:
         write_cast(raw, dtype, values.reshape(-1))
         self.copy_in(destination, raw)
 
-    def read_f32(self, source: Any, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-        """Convert bytes of a dtype to a new float32 array of the host.
+    def read_f32(
+        self, source: Any, dtype: np.dtype[Any], out: np.ndarray[Any, Any] | None = None
+    ) -> np.ndarray[Any, Any]:
+        """Convert bytes of a dtype to a float32 array of the host.
 
         Parameters
         ----------
@@ -57,15 +59,31 @@ class TypedIO:
             An array of this framework: one axis of uint8, contiguous, a whole number of elements.
         dtype
             One of `rlx_driver.dtypes.TABLE`.
+        out
+            Where to: one axis of float32, contiguous, aligned and writable, with exactly as many
+            elements; it may overlap. None makes a new array.
+
+        Returns
+        -------
+        numpy.ndarray
+            `out`, or the new array.
 
         Notes
         -----
         Blocks until the values are there.
         """
         raw = self.copy_out(source)
-        out = np.empty(raw.size // dtype.itemsize, np.float32)
+        if out is None:
+            out = np.empty(raw.size // dtype.itemsize, np.float32)
         read_cast(raw, dtype, out)
         return out
+
+    def is_plain_bytes(self, array: Any) -> bool:
+        """Tell quickly that an array is one run of bytes that may be written.
+
+        False where that takes longer to find out: the caller then looks at its facts.
+        """
+        return False
 
     def host_casts(self, dtype: np.dtype[Any]) -> tuple[Kernel | None, Kernel | None]:
         """Give kernels of this framework (float32 to a dtype, and back) for memory of the host.
