@@ -34,7 +34,7 @@ def with_torch() -> list[Row]:
             theirs = rlx.dtypes.torch_dtype(dtype)
             raw = np.zeros(size * dtype.itemsize, np.uint8)
             source, typed = torch.from_numpy(x), torch.from_numpy(raw).view(theirs)
-            repeat = 25 if size < 1 << 24 else 5
+            repeat = 100 if size < 1 << 24 else 7
 
             def write(raw=raw, dtype=dtype, x=x):
                 rlx.write_typed_from_f32(raw, dtype, x)
@@ -66,7 +66,7 @@ def with_torch() -> list[Row]:
             def copy_anew(size=size, typed=typed):
                 return torch.empty(size).copy_(typed)
 
-            ours, own = best_of(read_anew, copy_anew, number=1, repeat=5)
+            ours, own = best_of(read_anew, copy_anew, number=1, repeat=7)
             against = "torch.empty, copy_"
             rows.append(Row(f"{name} to f32, {label}, new array", ours, against, own, faster=True))
     return rows
@@ -81,7 +81,7 @@ def without_torch() -> list[Row]:
             raw = np.zeros(size * dtype.itemsize, np.uint8)
             with np.errstate(all="ignore"):
                 narrow = x.astype(dtype)
-            repeat = 5 if size < 1 << 24 else 1
+            repeat = 20 if size < 1 << 24 else 2
 
             def write(raw=raw, dtype=dtype, x=x):
                 rlx.write_typed_from_f32(raw, dtype, x)

@@ -380,6 +380,8 @@ def test_more_than_the_slot_holds_is_not_read(arena):
         (lambda a: a.__setitem__("x", 1), rlx.UnboundNameError, "'x' has no slot"),
         (lambda a: a.write_input_f32("x", "f32", [1]), rlx.UnboundNameError, "'x' has no slot"),
         (lambda a: a.read_output_f32("x", "f32", 1), rlx.UnboundNameError, "'x' has no slot"),
+        (lambda a: a.view([1]), rlx.UnboundNameError, r"\[1\] has no slot"),
+        (lambda a: a.read_output_f32("b", "f32", (1, 2)), rlx.ShapeError, r"\(1, 2\)"),
         (lambda a: a.write("b", np.ones(255, "f4")), rlx.ShapeError, r"\(255,\).*'b'"),
         (lambda a: a.write("b", np.ones(257, "f4")), rlx.ShapeError, r"\(257,\).*'b'"),
         (lambda a: a.write("a", np.ones(256, "f4")), rlx.ShapeError, r"\(16, 16\)"),
@@ -574,18 +576,19 @@ def test_a_forked_child_is_refused():
         import os
         import rlx_driver as rlx
         plan = rlx.plan_memory([("x", 64, 0, 1), ("y", 64, 0, 1)])
-        arena = rlx.Arena(plan)
+        arena, untouched = rlx.Arena(plan), rlx.Arena(plan)
         slot = arena.buffer("x")
+        acts = slot.numpy, lambda: arena.view("x"), lambda: arena.view("y"), untouched.reset
         pid = os.fork()
         if pid == 0:
             found = []
-            for act in (slot.numpy, lambda: arena.view("x"), lambda: arena.view("y")):
+            for act in acts:
                 try:
                     act()
                     found.append("worked")
                 except rlx.StaleViewError as error:
                     found.append("spawn" in str(error))
-            os._exit(0 if found == [True] * 3 else 1)
+            os._exit(0 if found == [True] * 4 else 1)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
         """
     )
@@ -825,3 +828,180 @@ def test_threads_that_reset_use_and_close_an_arena_end_well():
     for future in closing:
         future.result(60)
     assert arena.is_closed
+
+
+# --- several threads, streams, and ends in the middle --------------------------------------------
+
+
+def test_who_holds_a_slot_may_take_another_one_while_a_reset_waits(arena):
+    slot, entered, waits = arena.buffer("b"), threading.Event(), threading.Event()
+
+    def hold():
+        with slot.write("numpy") as inside:
+            entered.set()
+            assert waits.wait(60)
+            inside[:] = arena.view("w")[0, 0] + 3  # made for the first time
+            return inside.copy()
+
+    holder = start(hold)
+    assert entered.wait(60)
+    resetting = start(arena.reset)
+    while not slot._access.waiting:
+        assert not resetting.done()
+    waits.set()
+    assert (holder.result(60) == 3).all()
+    resetting.result(60)
+    assert not everything(arena).any()
+
+
+@pytest.mark.parametrize("scope", ["read", "write"])
+@pytest.mark.parametrize("end", ["close", "reset", "grow"])
+def test_an_arena_does_not_end_inside_of_a_scope_of_its_own(arena, scope, end):
+    ends = {
+        "close": arena.close,
+        "reset": arena.reset,
+        "grow": lambda: arena.replan(rlx.plan_memory([typed("b", 4096, 0, 1)])),
+    }
+    arena["b"] = 1.0
+    slot, plan = arena.buffer("b"), arena.plan
+    with getattr(slot, scope)("numpy") as inside:
+        with pytest.raises(rlx.StaleViewError, match="scope"):
+            ends[end]()
+        assert (inside == 1).all()
+    assert (arena.is_closed, arena.generation, arena.plan) == (False, 0, plan)
+    assert arena.buffer("b") is slot
+    ends[end]()
+    assert arena.is_closed == (end == "close")
+    with pytest.raises((rlx.StaleViewError, rlx.ClosedHandleError)):
+        slot.numpy()
+
+
+@pytest.mark.parametrize("kind", ["numpy", "jax", "tpu"])
+@pytest.mark.parametrize("end", ["close", "reset"])
+def test_a_call_that_comes_too_late_finds_no_memory(request, kind, end):
+    place = {"backend": kind} if kind != "tpu" else {"device": request.getfixturevalue("tpu")}
+    with Arena(small_plan(), name="t", **place) as arena:
+        memory, offset = arena._memory, arena.byte_offset("b")
+        getattr(arena, end)()
+        value = np.ones(256, np.float32)
+        for late in (
+            lambda: memory.put(offset, value),
+            lambda: memory.read(offset, value.dtype, value.shape),
+            lambda: memory.write_f32(offset, 1024, value.dtype, value),
+            lambda: memory.read_f32(offset, 1024, value.dtype, 256, None),
+        ):
+            with pytest.raises(
+                rlx.ClosedHandleError if end == "close" else rlx.StaleViewError, match="arena 't'"
+            ):
+                late()
+        if end == "reset":
+            assert not arena.read("b").any()
+
+
+@pytest.mark.parametrize("order", ["shared", "events", "host"])
+@pytest.mark.parametrize("begin", ["made", "reset", "grown", "made, then reset"])
+@pytest.mark.parametrize("write", ["scope", "update", "copy"])
+def test_what_is_written_comes_after_the_zeros_of_another_stream(order, begin, write):
+    plan = rlx.plan_memory([typed("x", 4, 0, 1), typed("y", 4, 2, 3)])
+    with FakeDevice(order=order, on_host_wait="release") as fake:
+        side = fake.stream("side")
+        arena = None if "made" in begin else Arena(plan, fake.device)
+        side.hold()
+        with side:
+            if arena is None:
+                arena = Arena(plan, fake.device)
+            elif begin == "reset":
+                arena.reset()
+            else:
+                arena.replan(rlx.plan_memory([typed("x", 4, 0, 1), typed("z", 4000, 0, 1)]))
+        if begin == "made, then reset":
+            arena.reset()
+        slot = arena.buffer("x")
+        if write == "scope":
+            with slot.write("fake") as inside:
+                inside.fill_(5)
+        elif write == "update":
+            slot.update(lambda v: v + 5, framework="fake_functional")
+        else:
+            arena["x"] = np.full(4, 5, np.float32)
+        side.release()
+        assert arena.read("x").tolist() == [5] * 4
+        arena.close()
+
+
+def test_a_capture_is_no_place_to_reset(monkeypatch):
+    from rlx_driver.backends.base import Recording
+
+    with FakeDevice() as fake, Arena(small_plan(), fake.device) as arena:
+        slot = arena.buffer("b")
+        with monkeypatch.context() as inside:
+            inside.setattr(type(slot._access.order), "recording", lambda self: Recording())
+            for act in (arena.reset, lambda: arena.replan(small_plan(alignment=128))):
+                with pytest.raises(rlx.CaptureError, match="inside a capture"):
+                    act()
+        assert arena.generation == 0
+        slot.array("fake")
+
+
+def test_slots_of_many_lengths_are_not_all_kept():
+    with Arena(rlx.plan_memory([("x", 4096, 0, 1)])) as arena:
+        for n in range(1, 1000):
+            arena["x"] = np.full(n, n % 100, np.uint8)
+            assert (arena.read("x", "u8", (n,)) == n % 100).all()
+        assert len(arena._buffers) + len(arena._memory._raw) < 100
+
+
+def test_numbers_fill_slots_of_every_memory(arena, tpu):
+    with Arena(small_plan(), tpu) as other:
+        for one in (arena, other):
+            one["b"] = 2
+            assert (one.read("b") == 2).all()
+            one["c"] = np.float32(3)
+            assert (one.read("c") == 3).all()
+            with pytest.raises(rlx.DTypeError, match="3j does not fit"):
+                one["b"] = 3j
+            with pytest.raises(rlx.DTypeError, match="300 does not fit"):
+                one["raw"] = 300
+            assert (one.read("b") == 2).all()
+
+
+def test_memory_without_views_is_not_touched_inside_a_trace(tpu):
+    with Arena(small_plan(), tpu, name="t") as arena:
+        value = np.ones(256, np.float32)
+        for act in (
+            lambda: arena.write("b", value),
+            lambda: arena.read("b"),
+            lambda: arena.write_input_f32("b", "f32", value),
+            lambda: arena.reset(),
+        ):
+
+            def traced(x, act=act):
+                act()
+                return x
+
+            with pytest.raises(rlx.StaleViewError, match="inside a trace"):
+                jax.jit(traced)(1.0)
+        assert not arena.read("b").any()
+        place = arena.address
+        with jax.disable_jit():
+            arena["b"] = value
+        assert (arena.read("b") == 1).all()
+        assert arena.address == place
+
+
+def test_memory_without_views_that_a_failed_write_lost_is_made_anew(tpu, monkeypatch):
+    with Arena(small_plan(), tpu, name="t") as arena:
+
+        def failing(self, memory, offset, value):
+            memory.delete()
+            raise RuntimeError("no more")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(type(arena._memory.backend), "put", failing)
+            with pytest.raises(RuntimeError, match="no more"):
+                arena["b"] = np.ones(256, np.float32)
+        for act in (lambda: arena.read("b"), lambda: arena.write("w", np.ones((8, 8), "f4"))):
+            with pytest.raises(rlx.UpdateFailedError, match=r"reset\(\) makes it anew"):
+                act()
+        arena.reset()
+        assert not arena.read("b").any()

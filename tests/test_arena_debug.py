@@ -1,6 +1,7 @@
 """Debug arenas: guards, poison, lives, and reports of who wrote where."""
 
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -266,3 +267,16 @@ def test_many_places_are_counted():
             array_at(address, (1,), np.dtype(np.uint8), arena.view(0))[:] = 0
         with pytest.raises(rlx.ArenaCorruptionError, match="and 12 more places"):
             arena.check()
+
+
+def test_looking_takes_a_few_times_the_memory_of_the_arena():
+    size = 8 << 20
+    plan = rlx.plan_memory([("x", size // 2, 0, 1), ("y", size // 2, 1, 2)])
+    tracemalloc.start()
+    try:
+        with Arena(plan, debug=True) as arena:
+            arena.advance(2)
+            arena["y"] = np.ones(size // 2, np.uint8)
+        assert tracemalloc.get_traced_memory()[1] < 9 * size
+    finally:
+        tracemalloc.stop()

@@ -45,6 +45,7 @@ class LateEngine:
         self.calls = itertools.count()
         self.fail_at = fail_at
         self.locked = locked
+        self.running = threading.Lock()  # a thread may wait for a lane of another's engine
 
     def _call(self, name):
         self.log.append(name)
@@ -76,9 +77,10 @@ class LateEngine:
         return Marker(self, len(self.work))
 
     def run_until(self, position):
-        while self.done < position:
-            self.work[self.done]()
-            self.done += 1
+        with self.running:
+            while self.done < position:
+                self.work[self.done]()
+                self.done += 1
 
     def finish(self):
         self.run_until(len(self.work))

@@ -37,11 +37,16 @@ def fails():
 
 def test_an_event_is_ready_once_the_work_before_it_is(stream, slow):
     assert stream.record().is_ready(), "no work, nothing to wait for"
-    result = stream.launch(slow)
-    event = stream.record()
+    for _ in range(20):  # this thread may be held up for longer than the work takes
+        result = stream.launch(slow)
+        event = stream.record()
+        seen = repr(event)
+        if not event.is_ready():
+            break
+    else:
+        raise AssertionError("it was always ready at once")
     assert isinstance(event, rlx.Event)
-    assert "pending" in repr(event)
-    assert not event.is_ready()
+    assert "pending" in seen
     event.wait()
     assert event.is_ready()
     assert result.is_ready()
@@ -157,10 +162,13 @@ def test_only_cuda_records_graphs(stream):
 
 def test_host_streams_wait_for_jax_work_that_was_launched_on_them(slow):
     stream = rlx.command_stream("cpu")
-    result = stream.launch(slow)
-    assert not result.is_ready()
-    stream.wait()
-    assert result.is_ready()
+    waited = False
+    for _ in range(20):  # this thread may be held up for longer than the work takes
+        result = stream.launch(slow)
+        waited = waited or not result.is_ready()
+        stream.wait()
+        assert result.is_ready()
+    assert waited
 
 
 def test_a_stream_is_entered_by_several_threads_at_once(stream):

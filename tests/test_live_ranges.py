@@ -276,6 +276,7 @@ def test_fx_names_and_steps_are_those_of_the_graph():
 
 
 @pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch 2.11
 def test_fx_exported_programs_even_from_a_file():
     x = torch.ones(2, 4)
     model = torch.nn.Linear(4, 2)

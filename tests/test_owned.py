@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import rlx_driver as rlx
+from support import must_run
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
@@ -103,3 +104,32 @@ def test_memory_is_counted_and_freed(tpu):
     assert tpu.backend.memory(tpu).in_use == before
     with pytest.raises(rlx.DeviceUnavailableError, match="tpu:9"):
         rlx.Buffer.zeros((4,), "f32", "tpu:9")
+
+
+def test_memory_of_jax_stays_where_it_is_when_another_device_is_the_default():
+    must_run(
+        """
+import jax
+import numpy as np
+import rlx_driver as rlx
+
+region = rlx.HandleRegion("cpu", backend="jax")
+h = region.create({"h": ((4,), "f32")})["h"]
+arena = rlx.Arena(rlx.plan_memory([("x", 64, 0, 1)]), backend="jax")
+before = h.address
+with jax.default_device(jax.devices("cpu")[1]):
+    reader = h.jax()
+    with rlx.no_copies():
+        with h.write("numpy") as n:
+            n += 1
+        for _ in range(3):
+            h.update(lambda x: x * 2)
+    slot = arena.buffer("x", "f32")
+    slot.update(lambda x: x + 1)
+    assert h.jax().devices() == slot.jax().devices() == {jax.devices("cpu")[0]}
+assert reader.is_deleted()
+assert h.numpy().tolist() == [8] * 4 and slot.numpy().tolist() == [1] * 16
+assert h.address == before
+""",
+        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+    )

@@ -210,8 +210,8 @@ def test_aligned_handles_are_mapped_and_the_others_read(region, path):
         assert rlx.ledger.bytes_copied == read < region.byte_size
         assert all(handle.address % 64 == 0 for handle in loaded)
         assert loaded["none"].numpy().shape == (0, 4)
-        states = {entry.name: entry.state for entry in rlx.memory_report("cpu").entries[-6:]}
-        assert states["w"] == "shared"
+        entries = rlx.memory_report("cpu").entries
+        assert "shared" in {entry.state for entry in entries if entry.name == "w"}
         with rlx.no_copies():
             place = loaded["w"].address
             loaded["w"].update(jax.numpy.ones_like)

@@ -315,7 +315,7 @@ def test_numbers_are_rounded_to_float32_first():
         ([1, None], "number"),
         ([1j], "number"),
         ([[1, 2], [3]], "number"),
-        (object(), "number"),
+        pytest.param(object(), "number", id="object"),
         (None, "number"),
     ],
     ids=repr,

@@ -119,7 +119,7 @@ class Inspector:
 
     def _quiet(self) -> Bytes:
         """Give the bytes of an arena that nobody has written since it was filled."""
-        return np.where(self._map == _GUARD, _CANARY, _POISON).astype(np.uint8)
+        return np.where(self._map == _GUARD, np.uint8(_CANARY), np.uint8(_POISON))
 
     def _owners(self, step: int | None) -> Bytes:
         """Say of each byte, margins included, whose it is at a step; None: at any step."""
@@ -218,5 +218,6 @@ def _caller() -> str:
 
 def _runs(mask: np.ndarray[Any, np.dtype[np.bool_]]) -> Iterator[tuple[int, int]]:
     """Give the stretches where a mask is set, ends excluded."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], mask.view(np.int8), [0]))))
+    outside = np.zeros(1, np.int8)  # of one byte too, for the mask is as long as the arena
+    edges = np.flatnonzero(np.diff(np.concatenate((outside, mask.view(np.int8), outside))))
     return zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)

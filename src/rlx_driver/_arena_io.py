@@ -85,17 +85,36 @@ class InOutMixin:
             wanted, lengths = self._spec(node, dt, shape)
         offset = self._plan.offset(node)
         if memory.sees(offset, wanted, lengths):
-            self.buffer(node, wanted, lengths).copy_from(value, cast)
+            # Bytes take arrays of many lengths, and a Buffer is not to be kept for each.
+            typed = self._is_typed(node)
+            slot = self.buffer(node) if typed else memory.slot(offset, wanted, lengths)
+            slot.copy_from(value, cast)
         else:
             memory.put(offset, on_host(value).astype(wanted, copy=False))
         self._look()
 
     def __setitem__(self, node: Hashable, x: Any) -> None:
-        if isinstance(x, (bool, int, float, complex)) and self._open().has_views:
+        number = (bool, int, float, complex)
+        if isinstance(x, np.generic) and self._is_typed(node):
+            x = x.item()
+        if not isinstance(x, number):
+            self.write(node, x)
+            return
+        memory = self._open()
+        dt, lengths = self._spec(node, None, None)
+        if memory.sees(self._plan.offset(node), dt, lengths):
             self.buffer(node)[...] = x
             self._look()
-        else:
-            self.write(node, x)
+            return
+        values = np.empty(lengths, dt)
+        try:
+            values[...] = x
+        except (OverflowError, TypeError, ValueError) as error:
+            raise DTypeError(
+                f"{x!r} does not fit {node!r} of {self._label}, of {dt.name}: {error}. Nothing was "
+                "changed"
+            ) from error
+        self.write(node, values)
 
     def read(
         self, node: Hashable, dtype: Any = None, shape: int | tuple[int, ...] | None = None
@@ -206,7 +225,7 @@ class InOutMixin:
         if self._inspector is not None:
             self._inspector.visit(node)
         dt = dtypes.info(dtype).dtype
-        (count,) = shape_of(n_elements)
+        (count,) = shape_of((n_elements,))
         size = self._size(node)
         if count > (room := size // dt.itemsize):
             raise ShapeError(

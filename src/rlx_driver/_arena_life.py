@@ -54,7 +54,14 @@ class LifeMixin:
         ------
         ZeroCopyError
             An alias of a JAX array holds a slot's memory (see `Buffer.write`). Nothing was changed.
-        ArrayCorruptionError
+        StaleViewError
+            From inside a scope of a slot; or when a JAX array of a slot was donated and its result
+            never came back. Nothing was changed.
+        UpdateFailedError
+            An update of a slot that was still running failed. Reset once more.
+        CaptureError
+            While a CUDA graph is captured.
+        ArenaCorruptionError
             Of a debug arena: see `check`.
         """
         self._open()
@@ -71,7 +78,7 @@ class LifeMixin:
         ------
         PlanError, OutOfDeviceMemory
             It is no plan, or the device has not that much memory. Nothing was changed.
-        ZeroCopyError
+        ZeroCopyError, StaleViewError, UpdateFailedError, CaptureError, ArenaCorruptionError
             As for `reset`.
         """
         self._open()
@@ -85,9 +92,12 @@ class LifeMixin:
                 plan = guarded(asked) if self._debug else asked
             else:
                 plan, asked = self._plan, self._asked
-            self._memory, made = accounting.record(memory.renewed, plan, taken)
+            renewed: Memory | OwnedBytes
+            renewed, made = accounting.record(memory.renewed, plan, taken)
             self._maker.claim(made)
+            # First: whoever finds the new memory is to find its plan too.
             self._plan, self._asked = plan, asked
+            self._memory = renewed
             self._buffers = {}
             self._views = {}
             self._generation += 1
@@ -114,6 +124,13 @@ class LifeMixin:
         """Give the memory up; it is freed when the last view of it is gone. Twice is fine.
 
         Blocks until scopes of other threads are left. Later accesses raise `ClosedHandleError`.
+
+        Raises
+        ------
+        StaleViewError
+            From inside a scope of a slot. Nothing was closed.
+        ArenaCorruptionError
+            Of a debug arena, which is closed all the same: see `check`.
         """
         if self._memory is None:
             return

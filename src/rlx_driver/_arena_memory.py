@@ -12,7 +12,7 @@ import numpy as np
 
 from rlx_driver import _hooks
 from rlx_driver._arena_blocks import disjoint_blocks, name_of
-from rlx_driver._arena_owned import OwnedBytes
+from rlx_driver._arena_owned import OwnedBytes, require_going_on, require_own_process
 from rlx_driver._arena_values import bytes_of
 from rlx_driver._fence import fence
 from rlx_driver._ledger import ledger
@@ -27,7 +27,7 @@ from rlx_driver.backends.base import (
     row_major_strides,
 )
 from rlx_driver.buffer import Buffer
-from rlx_driver.errors import StaleViewError, ZeroCopyError
+from rlx_driver.errors import CaptureError, ZeroCopyError
 from rlx_driver.typed_io import read_typed_to_f32, write_typed_from_f32
 
 if TYPE_CHECKING:
@@ -110,11 +110,15 @@ class Memory:
         self._device = device
         self._owner = owner
         self._label = label
+        self._plan = plan
         self._native = native
         self._facts = backend.facts(native)
         self._shift = _shift(self._facts.address, margin, widest_alignment(plan))
         self.address = self._facts.address + self._shift
         self._process = os.getpid()
+        # What fills the memory may still be on its way, on the stream of now.
+        self._born = backend.order(device, native)
+        self._end: str | None = None
         if margin:
             self._starts, self._ends, self._alone = [-margin], [plan.size + margin], [-1]
         else:
@@ -174,12 +178,10 @@ class Memory:
         with self.lock:
             base = self._bases.get(block)
             if base is None:
-                if os.getpid() != self._process:
-                    raise StaleViewError(
-                        f"{self._label} belongs to the parent process: after a fork neither JAX "
-                        "nor CUDA can order accesses in the child. Start children with the "
-                        "'spawn' method"
-                    )
+                require_going_on(self._label, self._end)
+                require_own_process(self._label, self._process)
+                if self._born.recording() is None:
+                    self._born.before_native(_nothing, None, writes=False)
                 start, end = self._starts[block], self._ends[block]
                 native = self.backend.view(self._native, self._shift + start, (end - start,), _BYTE)
                 base = Buffer._adopt(native, self.backend, self._name(block))
@@ -198,6 +200,8 @@ class Memory:
         with self.lock:
             raw = self._raw.get((offset, nbytes))
             if raw is None:
+                if len(self._raw) >= 64 + 2 * len(self._plan):  # parts of many lengths
+                    self._raw.clear()
                 raw = self._raw[offset, nbytes] = self.slot(offset, _BYTE, (nbytes,))
             return raw
 
@@ -249,6 +253,12 @@ class Memory:
 
     def renewed(self, plan: MemoryPlan, taken: list[Access]) -> Memory:
         """Make everything taken so far stale, and give zeroed memory for a plan."""
+        require_own_process(self._label, self._process)
+        if self._born.recording() is not None:
+            raise CaptureError(
+                f"{self._label} was to be reset or planned anew inside a capture, and a CUDA graph "
+                "keeps its addresses: do it before or after. Nothing was changed"
+            )
         shift = _shift(self._facts.address, self.margin, widest_alignment(plan))
         fits = shift + plan.size + self.margin <= self._facts.byte_size
         fresh: Memory | None = None
@@ -261,12 +271,14 @@ class Memory:
         for access in taken:
             access.settle()
         if fits:
+            self._born.before_native(_nothing, None)  # nobody else may have come after it
             with self.backend.writing():
                 self._native[...] = 0
         for access in taken:
             access.after_native()
             access.written()
             access.close("stale")
+        self._end = "stale"
         return fresh or Memory(
             self._native, self.backend, self._device, self._owner, self._label, plan, self.margin
         )
@@ -276,9 +288,14 @@ class Memory:
         _before_close(taken)
         for access in taken:
             access.close()
+        self._end = "closed"
         self._bases.clear()
         self._raw.clear()
         self._native = None
+
+
+def _nothing() -> None:
+    pass
 
 
 def _before_close(accesses: list[Access]) -> None:

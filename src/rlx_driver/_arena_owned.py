@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,12 @@ from rlx_driver._arena_values import bytes_of
 from rlx_driver._ledger import ledger
 from rlx_driver._owned import make_owned
 from rlx_driver._slices import byte_size
-from rlx_driver.errors import ZeroCopyError
+from rlx_driver.errors import (
+    ClosedHandleError,
+    StaleViewError,
+    UpdateFailedError,
+    ZeroCopyError,
+)
 from rlx_driver.typed_io import read_typed_to_f32, write_typed_from_f32
 
 if TYPE_CHECKING:
@@ -25,9 +31,29 @@ if TYPE_CHECKING:
     from rlx_driver.device import Device
     from rlx_driver.plan import MemoryPlan
 
-__all__ = ["OwnedBytes"]
+__all__ = ["OwnedBytes", "require_going_on"]
 
 _BYTE = np.dtype(np.uint8)
+
+
+def require_going_on(label: str, end: str | None) -> None:
+    """Raise when the memory of an arena came to its end while a call was on its way to it."""
+    if end == "closed":
+        raise ClosedHandleError(f"{label} is closed: make a new one")
+    if end is not None:
+        raise StaleViewError(
+            f"{label} was reset or planned anew by another thread while this call was on its way: "
+            "call again. Nothing was changed"
+        )
+
+
+def require_own_process(label: str, process: int) -> None:
+    """Raise in a child that the process with this id has forked."""
+    if os.getpid() != process:
+        raise StaleViewError(
+            f"{label} belongs to the parent process: after a fork neither JAX nor CUDA can order "
+            "accesses in the child. Start children with the 'spawn' method"
+        )
 
 
 class OwnedBytes:
@@ -42,6 +68,8 @@ class OwnedBytes:
         self, backend: FunctionalBackend, owner: Owner, device: Device, label: str, plan: MemoryPlan
     ) -> None:
         self.lock = threading.RLock()
+        self._end: str | None = None
+        self._process = os.getpid()
         self.backend = backend
         self._owner: Owner | None = owner
         self._device = device
@@ -51,12 +79,27 @@ class OwnedBytes:
     @property
     def address(self) -> int:
         """Address of offset 0."""
-        return self.backend.address(self._array)
+        with self.lock:
+            return self.backend.address(self._array)
 
     @property
     def _array(self) -> Any:
+        """The array of now; the caller has the lock."""
+        require_going_on(self._label, self._end)
+        require_own_process(self._label, self._process)
+        if not self.backend.trace_state_clean():
+            raise StaleViewError(
+                f"{self._label} was read or written inside a trace, which runs once and not at "
+                f"every call: its memory is {self.backend.name}'s own, so do it outside. Nothing "
+                "was changed"
+            )
         assert self._owner is not None
-        return self._owner.lease.array
+        array = self._owner.lease.array
+        if self.backend.is_dead(array):
+            raise UpdateFailedError(
+                f"{self._label} lost its memory to a write that failed: reset() makes it anew"
+            )
+        return array
 
     def slot(self, offset: int, dt: np.dtype[Any], shape: tuple[int, ...]) -> Buffer:
         """Refuse: there are no views of parts."""
@@ -79,11 +122,15 @@ class OwnedBytes:
 
     def put(self, offset: int, value: np.ndarray[Any, Any]) -> None:
         """Copy a host array to an offset; blocks until the array is free again."""
-        ledger.will_copy(value.nbytes, "arena.write")
-        if value.nbytes and self._owner is not None:
-            with self.lock:
-                lease = self._owner.lease
-                lease.array = self.backend.put(lease.array, offset, bytes_of(value))
+        with self.lock:
+            array = self._array
+            ledger.will_copy(value.nbytes, "arena.write")
+            if value.nbytes:
+                self._hold(self.backend.put(array, offset, bytes_of(value)))
+
+    def _hold(self, array: Any) -> None:
+        assert self._owner is not None
+        self._owner.lease.array = array
 
     def read(self, offset: int, dt: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
         """Copy from an offset to the host."""
@@ -114,16 +161,21 @@ class OwnedBytes:
     def renewed(self, plan: MemoryPlan, taken: list[Access]) -> OwnedBytes:
         """Give zeroed memory for a plan."""
         with self.lock:
+            require_own_process(self._label, self._process)
             owner = self._owner
-            if plan.size > self._room or owner is None:
+            assert owner is not None
+            if plan.size > self._room or self.backend.is_dead(owner.lease.array):
                 owner = make_owned(self.backend, self._device, (plan.size,), _BYTE)[2]
+                room = plan.size
             else:
-                zeros = np.zeros(owner.lease.array.shape, np.uint8)
-                owner.lease.array = self.backend.put(owner.lease.array, 0, zeros)
+                array, room = self._array, self._room
+                self._hold(self.backend.put(array, 0, np.zeros(array.shape, np.uint8)))
             fresh = OwnedBytes(self.backend, owner, self._device, self._label, plan)
-            fresh._room = max(self._room, plan.size)
+            fresh._room = room
+            self._end = "stale"
             return fresh
 
     def close(self, taken: list[Access]) -> None:
         """Give the memory up."""
+        self._end = "closed"
         self._owner = None

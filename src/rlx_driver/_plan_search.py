@@ -14,7 +14,7 @@ from rlx_driver._plan_exact import refusal, solve
 from rlx_driver._plan_greedy import greedy, greedy_orders
 from rlx_driver._plan_skyline import Skyline
 from rlx_driver._plan_split import GREEDY, Split
-from rlx_driver._plan_sweep import PeakSweep
+from rlx_driver._plan_sweep import SIDES, PeakSweep
 from rlx_driver.errors import PlanError
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ class Search:
         Of the random restarts.
     table
         Where the slots come from, to ask the exact solver too; None to do without.
+    began
+        When the time limit began to run, by `time.monotonic`; None for now.
     """
 
     slots: Slots
@@ -63,6 +65,7 @@ class Search:
     time_limit: float | None
     seed: int
     table: Table | None = None
+    began: float | None = None
     size: int = field(default=2**62, init=False)
     offsets: NDArray[np.int64] = field(init=False)
     found_by: str = field(default="nothing to place", init=False)
@@ -76,7 +79,8 @@ class Search:
         self.offsets = np.zeros(len(self.slots), np.int64)
         self._left = _work(len(self.slots))
         if self.time_limit is not None:
-            self._end = time.monotonic() + self.time_limit
+            began = time.monotonic() if self.began is None else self.began
+            self._end = began + self.time_limit
 
     def late(self) -> bool:
         """Whether the time is up."""
@@ -126,20 +130,32 @@ class Search:
 
     def _bounded(self, sweep: PeakSweep) -> None:
         count = len(self.slots)
-        first = 2 if count > 2000 else 6
-        for turn, (name, order) in enumerate(sweep.orders()):
-            if turn == first:
-                break
-            if turn and not self._may(count):
-                break
-            self.offer(sweep.plan(order, self.size - 1), f"peak sweep, {name}")
+        orders = list(sweep.orders())
+        passes = [(side, *each) for side in SIDES for each in orders]
+        if count > 2000:  # the ones that most often reach the bound
+            passes = [passes[0], passes[1], passes[6], passes[14], passes[8]]
+        early = 6 if count <= 2000 else 4 if count <= 10_000 else 2
+        self._sweep(sweep, passes[:early])
+        if early == 2 and self.size > 1.1 * self.slots.bound:  # no strip of small slots mends that
+            early = 3
+            self._sweep(sweep, passes[2:3])
         if self._simple:
             self._split()
+        self._sweep(sweep, passes[early:])
         for each, (name, order) in enumerate(greedy_orders(self.slots)):
             if each < 3 and self._may(GREEDY * count):
                 self._fit(name, order, best_fit=False)
         if self._simple and count <= _SKYLINE_SLOTS:
             self._skyline()
+
+    def _sweep(self, sweep: PeakSweep, passes: list[tuple[str, str, NDArray[np.int64]]]) -> None:
+        for side, name, order in passes:
+            first, before = not self.tried, sweep.work
+            if self.done or not (first or self._left >= len(self.slots) // 2):
+                return
+            self.offer(sweep.plan(order, self.size - 1, side=side), f"peak sweep, {name}, {side}")
+            if not first:
+                self._left -= sweep.work - before
 
     def _split(self) -> None:
         split = Split(self.slots, max(self.goal, self.slots.bound))
@@ -184,10 +200,7 @@ class Search:
             self._left -= skyline.work - before
 
     def _unbounded(self, sweep: PeakSweep) -> None:
-        for name, order in sweep.orders():
-            if self.done:
-                return
-            self.offer(sweep.plan(order, self.size - 1), f"peak sweep, {name}")
+        self._sweep(sweep, [(side, *each) for side in SIDES for each in sweep.orders()])
         if self._simple:
             self._split()
         for best_fit in (False, True):
@@ -207,7 +220,8 @@ class Search:
         while not self.done:
             spread = random.choice([0.01, 0.03, 0.1])
             stack = _disturbed(stacks[random.integers(len(stacks))], spread, random)
-            self.offer(sweep.plan(stack, self.size - 1), "peak sweep, shuffled")
+            side = SIDES[random.integers(len(SIDES))]
+            self.offer(sweep.plan(stack, self.size - 1, side=side), "peak sweep, shuffled")
             if len(self.slots) <= 5000 and not self.done:
                 order = _disturbed(orders[random.integers(len(orders))], spread, random)
                 self._fit("shuffled", order, best_fit=False)

@@ -8,10 +8,12 @@ a slot.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from rlx_driver._plan_blocks import FreeBlocks
+from rlx_driver._plan_sides import SidedBlocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
 
     from rlx_driver._plan_slots import Slots
 
-__all__ = ["PeakSweep"]
+__all__ = ["SIDES", "PeakSweep"]
+
+SIDES = ("low", "last", "alike")
 
 
 class PeakSweep:
@@ -39,6 +43,7 @@ class PeakSweep:
         self._size: list[int] = units.tolist()
         self._step: list[int] | None = None if (step == 1).all() else step.tolist()
         self._shift = (int(units.sum() + step.sum()) + self._pinned_end()).bit_length()
+        self.work = 0  # slots swept so far
         self._prepare(units)
 
     def _pinned_end(self) -> int:
@@ -90,24 +95,47 @@ class PeakSweep:
         ):
             yield name, stack[np.lexsort(keys)]
 
-    def plan(self, order: NDArray[np.int64], limit: int) -> NDArray[np.int64] | None:
-        """Give offsets in bytes for one order of the stack, or None above `limit` bytes."""
+    def plan(
+        self, order: NDArray[np.int64], limit: int, *, side: str = "low"
+    ) -> NDArray[np.int64] | None:
+        """Give offsets in bytes for one order of the stack, or None above `limit` bytes.
+
+        `side` says at which end of a free block a slot is laid: always "low", beside the neighbour
+        that is the "last" to be freed, or the one that is freed when it is itself, "alike".
+        """
         stack = order.tolist()
         if self._topmost >= 0:
             stack.remove(self._topmost)
             stack.append(self._topmost)
         offset = [0] * len(self._size)
         most = -(-limit // self.grain)
-        for events in (self._forward, self._backward):
-            if not self._run(stack, events, offset, most):
+        last = len(self.slots.steps)
+        for events, freed in (
+            (self._forward, self.slots.stop),
+            (self._backward, last - self.slots.start),
+        ):
+            blocks = FreeBlocks(self._gaps, self._base, self._shift)
+            if side != "low":
+                blocks = SidedBlocks(
+                    self._gaps, self._base, self._shift, freed.tolist(), alike=side == "alike"
+                )
+            fits = self._run(blocks, stack, events, offset, most)
+            self.work += blocks.replayed * (3 if side == "low" else 4) // 6
+            if not fits:
                 return None
         offsets = np.array(offset, np.int64) * self.grain
         offsets[self._pinned] = self.slots.pin[self._pinned]
         return offsets
 
-    def _run(self, stack: list[int], events: list[int], offset: list[int], limit: int) -> bool:
+    def _run(
+        self,
+        blocks: FreeBlocks,
+        stack: list[int],
+        events: list[int],
+        offset: list[int],
+        limit: int,
+    ) -> bool:
         size, step = self._size, self._step
-        blocks = _FreeBlocks(self._gaps, self._base, self._shift)
         if not blocks.replay(stack, size, step, offset, limit):
             return False
         if self._topmost < 0 or ~self._topmost not in events:
@@ -139,114 +167,3 @@ def _events(
     tie = np.concatenate([np.zeros(len(ending), np.int64), -size[slots]])
     events: list[int] = np.concatenate([~ending, slots])[np.lexsort((tie, when))].tolist()
     return events
-
-
-class _FreeBlocks:
-    """The free blocks below the top of an arena, by size and by both ends."""
-
-    __slots__ = ("_by_end", "_by_start", "_held", "_keys", "_shift", "top")
-
-    def __init__(self, gaps: list[tuple[int, int]], top: int, shift: int) -> None:
-        self._by_start = dict(gaps)
-        self._by_end = {end: start for start, end in gaps}
-        self._keys = sorted((end - start) << shift | start for start, end in gaps)
-        self._shift = shift
-        self.top = top
-        self._held = -1
-
-    def replay(  # one loop, because calls would double its time
-        self,
-        events: list[int],
-        size: list[int],
-        step: list[int] | None,
-        offset: list[int],
-        limit: int,
-    ) -> bool:
-        """Place and free slots in turn; False when the top would pass `limit`."""
-        keys, by_start, by_end, shift = self._keys, self._by_start, self._by_end, self._shift
-        mask = (1 << shift) - 1
-        for event in events:
-            if event < 0:
-                start = offset[~event]
-                end = start + size[~event]
-                if start in by_end:  # join the free block below
-                    low = by_end.pop(start)
-                    del keys[bisect_left(keys, (start - low) << shift | low)]
-                    start = low
-                if end in by_start:  # and the one above
-                    high = by_start.pop(end)
-                    del keys[bisect_left(keys, (high - end) << shift | end)]
-                    end = high
-                by_start[start] = end
-                by_end[end] = start
-                insort(keys, (end - start) << shift | start)
-                continue
-            need = size[event]
-            at = bisect_left(keys, need << shift)
-            if step is not None and step[event] > 1:
-                at = self._aligned(at, need, step[event])
-            if at < len(keys):
-                start = keys.pop(at) & mask
-                end = by_start.pop(start)
-                if step is not None and start % step[event]:
-                    low, start = start, start + -start % step[event]
-                    by_start[low] = start
-                    by_end[start] = low
-                    insort(keys, (start - low) << shift | low)
-                rest = start + need
-                if rest == end:
-                    del by_end[end]
-                else:
-                    by_start[rest] = end
-                    by_end[end] = rest
-                    insort(keys, (end - rest) << shift | rest)
-            else:
-                start = self._grow(need, 1 if step is None else step[event])
-                if self.top > limit:
-                    return False
-            offset[event] = start
-        return True
-
-    def _aligned(self, at: int, need: int, step: int) -> int:
-        """Give the first block at or after `at` that holds it from a multiple of `step`."""
-        mask = (1 << self._shift) - 1
-        for each in range(at, len(self._keys)):
-            start = self._keys[each] & mask
-            if start + -start % step + need <= self._by_start[start]:
-                return each
-        return len(self._keys)
-
-    def _grow(self, need: int, step: int) -> int:
-        """Raise the top, by as little as the free block below it allows."""
-        if self._held >= 0:  # no part of a grain any more
-            held, self._held = self._held, -1
-            self.free(held, held + 1)
-        start = self.top
-        if start in self._by_end:
-            start = self._by_end.pop(start)
-            del self._by_start[start]
-            del self._keys[bisect_left(self._keys, (self.top - start) << self._shift | start)]
-        if start % step:
-            low, start = start, start + -start % step
-            self.free(low, start)
-        self.top = start + need
-        return start
-
-    def free(self, start: int, end: int, *, hold_last: bool = False) -> None:
-        """Give back a block; with `hold_last` its last grain stays taken until the top rises."""
-        if hold_last:
-            end -= 1
-            self._held = end
-        if start == end:
-            return
-        if start in self._by_end:
-            low = self._by_end.pop(start)
-            del self._keys[bisect_left(self._keys, (start - low) << self._shift | low)]
-            start = low
-        if end in self._by_start:
-            high = self._by_start.pop(end)
-            del self._keys[bisect_left(self._keys, (high - end) << self._shift | end)]
-            end = high
-        self._by_start[start] = end
-        self._by_end[end] = start
-        insort(self._keys, (end - start) << self._shift | start)

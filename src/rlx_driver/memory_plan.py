@@ -322,6 +322,16 @@ class MemoryPlan:
 
         draw(self, self._table, self._slots, path)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _checked_again, (
+            self._table.given,
+            self._offsets,
+            self._alignment,
+            self._found_by,
+            self._capacity,
+            self._proven,
+        )
+
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"a MemoryPlan cannot be changed; {name!r} was to be set")
 
@@ -331,3 +341,17 @@ class MemoryPlan:
     def __repr__(self) -> str:
         how = "optimal" if self.optimal else f"{self.ratio:.4f} of the lower bound"
         return f"MemoryPlan({len(self)} nodes, {self.size} bytes, {how})"
+
+
+def _checked_again(
+    given: tuple[Any, ...],
+    offsets: NDArray[np.int64],
+    alignment: int,
+    found_by: str,
+    capacity: int | None,
+    proven: bool,
+) -> MemoryPlan:
+    """Make a plan from what was pickled, by the same check as a new one."""
+    table = read_intervals(given, alignment)
+    slots = make_slots(table)
+    return MemoryPlan._make(table, slots, offsets, alignment, found_by, capacity, proven)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,7 +45,8 @@ def plan_memory(
     capacity
         Bytes the plan has to fit in; the search stops when it does.
     time_limit
-        Seconds for the search to go on, unless it reaches the lower bound first. Left out, the
+        Seconds from the call to the end of the search, unless it reaches the lower bound first; the
+        check of the plan comes after, some microseconds a slot. Left out, the
         work is bounded by its amount, and the plan is the same every time. With a limit it is
         the same but for where the clock stops it, and never worse than without, if the time
         allows what is done without.
@@ -77,6 +79,7 @@ def plan_memory(
     >>> rlx.plan_memory([("x", 4096, 0, 1), ("y", 4096, 1, 2), ("z", 4096, 2, 3)]).size
     8192
     """
+    began = time.monotonic()
     alignment = check_alignment(alignment, "the plan")
     _check_options(capacity, time_limit, seed)
     table = read_intervals(intervals, alignment)
@@ -85,7 +88,7 @@ def plan_memory(
     goal = slots.bound if capacity is None else max(slots.bound, capacity)
     if exact:
         require()
-    search = Search(slots, goal, time_limit, seed, table if exact else None)
+    search = Search(slots, goal, time_limit, seed, table if exact else None, began)
     if capacity is not None and capacity < slots.bound:  # hopeless: only how far it is off
         search = Search(slots, goal, None, seed)
     search.run()

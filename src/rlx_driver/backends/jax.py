@@ -60,6 +60,26 @@ def _replaced(old: Any, new: Any) -> Any:
 _replace = jax.jit(_replaced, donate_argnums=0, keep_unused=True)
 
 
+@functools.cache
+def _zeros_on(place: Any) -> Callable[..., Any]:
+    """Give the program that makes zero bytes on a device of JAX.
+
+    Its results are committed: where another device is JAX's default one, a program takes arrays
+    that are not to that one, by a copy.
+    """
+    return jax.jit(
+        _zeros, static_argnums=(0, 1), out_shardings=jax.sharding.SingleDeviceSharding(place)
+    )
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    if dtype == np.bool_ or dtype.kind == "c":
+        return jnp.zeros(shape, dtype)
+    bits = np.dtype(f"u{dtype.itemsize}") if dtype.itemsize <= 8 else dtype
+    # By way of integers: the zero bytes of float8_e8m0fnu are 2**-127, not zero.
+    return jax.lax.bitcast_convert_type(jnp.zeros(shape, bits), dtype)
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(memory: Any, value: Any, start: Any) -> Any:
     return jax.lax.dynamic_update_slice(memory, value, (start,))
@@ -180,17 +200,8 @@ class JaxBackend(Lanes, StreamServices, FunctionalBackend):
         room = self.memory(device)
         if room.total:
             require_memory(nbytes, room, device)
-        bits = np.dtype(f"u{dtype.itemsize}") if dtype.itemsize <= 8 else dtype
-
-        def zeros() -> Any:
-            if dtype == np.bool_ or dtype.kind in "c":
-                return jnp.zeros(shape, dtype)
-            # By way of integers: the zero bytes of float8_e8m0fnu are 2**-127, not zero.
-            return jax.lax.bitcast_convert_type(jnp.zeros(shape, bits), dtype)
-
         try:
-            with jax.default_device(self.jax_device(device)):
-                array = jax.block_until_ready(jax.jit(zeros)())
+            array = jax.block_until_ready(_zeros_on(self.jax_device(device))(shape, dtype))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -236,7 +247,7 @@ class JaxBackend(Lanes, StreamServices, FunctionalBackend):
     def put(self, memory: Any, byte_offset: int, value: np.ndarray[Any, Any]) -> Any:
         """Put host bytes in a byte array, in its own memory."""
         # Under x64, for an offset may lie beyond 2 GiB. A private copy: see `copy_in`.
-        with jax.enable_x64(True):
+        with jax.enable_x64(True), jax.disable_jit(False):
             place = next(iter(memory.devices()))
             part = jax.device_put(np.array(value), place)
             return _put(memory, part, np.int64(byte_offset))

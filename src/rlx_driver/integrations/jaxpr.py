@@ -213,8 +213,10 @@ class _Walk:
             walk = _Walk(jaxpr, consts, self._scratch)
             outside = {value for value in walk.inputs if value is not None}
             if name == "scan":  # each step cuts its slice out of the scanned operands
-                kept = equation.params["num_consts"] + equation.params["num_carry"]
-                outside.difference_update(walk.inputs[kept:])
+                pairs = zip(walk.inputs, equation.invars, jaxpr.invars, strict=True)
+                outside.difference_update(
+                    [value for value, whole, part in pairs if whole.aval.shape != part.aval.shape]
+                )
             if name == "cond":  # a branch writes its results where those of the equation lie
                 outside.update(walk.outputs)
             outside.update(value for value in walk.values if value.root in outside)
