@@ -32,9 +32,9 @@ from buffer_support import (  # noqa: E402
 pytestmark = [pytest.mark.jax, pytest.mark.torch]
 
 
-@pytest.fixture(params=[None, "jax"], ids=["numpy", "jax-owned"])
+@pytest.fixture(params=[None, "torch", "jax"], ids=["numpy", "torch", "jax-owned"])
 def arena(request):
-    """An arena on the host, whose memory NumPy or JAX owns."""
+    """An arena on the host, whose memory NumPy, torch or JAX owns."""
     with Arena(small_plan(), backend=request.param, name="t") as made:
         yield made
 
@@ -88,16 +88,16 @@ def test_slots_lie_at_their_offsets_and_are_zero_at_first(arena):
 
 
 def test_a_slot_has_the_dtype_and_shape_that_the_plan_says(arena):
-    view = arena.view("a")
-    assert (view.dtype, view.shape) == (np.float32, (16, 16))
-    assert (arena.view("raw").dtype, arena.view("raw").shape) == (np.uint8, (64,))
+    slot, raw = arena.buffer("a"), arena.buffer("raw")
+    assert (slot.dtype, slot.shape, arena.view("a").shape) == (np.float32, (16, 16), (16, 16))
+    assert (raw.dtype, raw.shape, arena.view("raw").shape) == (np.uint8, (64,), (64,))
     assert arena.view("none").shape == (0, 3)
     assert arena.view("raw", "f32").shape == (16,)
     assert arena.view("raw", dtype="i16", shape=(2, 3)).shape == (2, 3)
     assert arena.view("a", dtype="f32").shape == (16, 16)
     assert arena.view("a", dtype="bf16").shape == (512,)
     assert arena.view("a", shape=4).shape == (4,)
-    assert arena["c"].dtype == rlx.dtype("bf16")
+    assert rlx.dtype(arena["c"].dtype) == rlx.dtype("bf16")
 
 
 def test_a_plan_may_say_the_shape_alone():
@@ -129,6 +129,25 @@ def test_an_empty_plan_makes_an_arena_of_nothing():
 
 
 # --- views ---------------------------------------------------------------------------------------
+
+
+def test_torch_may_own_the_memory_on_the_host():
+    with Arena(small_plan(), backend="torch") as arena:
+        view = arena.view("a")
+        assert isinstance(view, torch.Tensor)
+        view.fill_(2)
+        assert (arena.buffer("a").numpy() == 2).all()
+        with rlx.no_copies():
+            arena.buffer("a").update(plus_one)
+        assert (view == 3).all()
+    region = rlx.HandleRegion(backend="torch")
+    handle = region.create({"h": ((4,), "bf16")})["h"]
+    place = handle.address
+    handle.torch().fill_(2)
+    handle.update(plus_one)
+    assert handle.numpy().tolist() == [3] * 4
+    assert handle.address == place == handle.torch().data_ptr()
+    region.close()
 
 
 def test_views_are_cached_and_share_memory_with_every_framework(arena):
@@ -278,7 +297,7 @@ def test_write_takes_buffers_slots_strided_arrays_and_numbers(arena):
     assert arena.read("a")[0, 1] == 509
     arena["b"] = 7
     assert (arena.read("b") == 7).all()
-    arena["b"] = arena.view("b")[::-1]
+    arena["b"] = arena.buffer("b").numpy()[::-1]
     assert (arena.read("b") == 7).all()
 
 
@@ -414,8 +433,8 @@ def test_an_arena_needs_a_plan_and_a_device_that_holds_it():
             Arena(huge, backend=backend)
     with pytest.raises(rlx.DeviceUnavailableError):
         Arena(small_plan(), "vulkan")
-    with pytest.raises(rlx.DeviceUnavailableError, match="torch owns no memory"):
-        Arena(small_plan(), backend="torch")
+    with pytest.raises(rlx.DeviceUnavailableError, match="numpy does not see cuda:0"):
+        Arena(small_plan(), "cuda:0", backend="numpy")
 
 
 def test_a_dtype_that_its_framework_lacks_is_read_and_written_but_not_viewed():

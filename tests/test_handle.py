@@ -357,10 +357,10 @@ def test_an_unknown_name_lists_the_known_ones():
     assert "2 open" in repr(region)
 
 
-def test_a_backend_that_owns_no_memory_is_refused():
-    region = rlx.HandleRegion("cpu", backend="torch")
-    with pytest.raises(rlx.DeviceUnavailableError, match="torch"):
-        rlx.BufferHandle("h", 2, region=region).numpy()
+def test_a_backend_that_does_not_see_the_device_is_refused():
+    region = rlx.HandleRegion("cuda:0", backend="numpy")
+    with pytest.raises(rlx.DeviceUnavailableError, match="numpy does not see cuda:0"):
+        rlx.BufferHandle("h", 2, region=region).torch()
     with pytest.raises(rlx.UnknownFrameworkError):
         rlx.HandleRegion("cpu", backend="banana").create({"h": (2, "f32")})
 

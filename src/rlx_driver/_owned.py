@@ -38,18 +38,11 @@ def owning_backend(device: Device, name: str | None) -> Backend:
     Raises
     ------
     DeviceUnavailableError
-        When that framework owns no memory there.
+        When that framework does not see the device.
     """
     if name is None:
         return device.backend
     backend = registry.get(name)
-    if not isinstance(backend, FunctionalBackend):
-        if backend is device.backend:
-            return backend
-        raise DeviceUnavailableError(
-            f"{backend.name} owns no memory of the driver on {device}: leave backend= out, or name "
-            "one that updates memory of its own, such as 'jax'"
-        )
     if device not in backend.devices(device.kind):
         raise DeviceUnavailableError(f"{backend.name} does not see {device}")
     return backend

@@ -40,7 +40,7 @@ class Arena(LifeMixin, InOutMixin, ArenaFiles):
         Where.
     backend
         Who owns the memory: left out, the device's native framework (NumPy on the host, torch on
-        CUDA). ``"jax"``: one byte array of JAX, as on TPU.
+        CUDA). ``"torch"``: torch, on the host too. ``"jax"``: one byte array of JAX, as on TPU.
     name
         Shown in errors and in `memory_report`.
     debug

@@ -195,9 +195,9 @@ class HandleRegion(RegionFiles):
         Where.
     backend
         Who owns the memory: left out, the device's native framework (NumPy on the host, torch on
-        CUDA). ``"jax"``: JAX owns it, as on TPU; `update` then chains donation as JAX documents
-        it, and on the host other frameworks see it by its address. Alignment is then JAX's (64 on
-        the host).
+        CUDA). ``"torch"``: torch, on the host too. ``"jax"``: JAX owns it, as on TPU; `update` then
+        chains donation as JAX documents it, and on the host other frameworks see it by its
+        address. Alignment is then JAX's (64 on the host).
 
     Examples
     --------
