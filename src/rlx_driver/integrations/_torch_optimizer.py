@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlx_driver.backends._torch_tensors import TO_TORCH
-from rlx_driver.errors import DTypeError, ShapeError, StaleViewError, UnboundNameError
+from rlx_driver.errors import (
+    DTypeError,
+    DuplicateError,
+    ShapeError,
+    StaleViewError,
+    UnboundNameError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,7 +65,7 @@ def entries(optimizer: torch.optim.Optimizer, region: HandleRegion) -> list[Entr
         State that is no tensor, or that cannot be made ahead of the first step.
     """
     if kept_of(optimizer):
-        raise DTypeError(
+        raise DuplicateError(
             f"this {type(optimizer).__name__} is bound already: close its handles to bind it "
             "anew. Nothing was bound"
         )

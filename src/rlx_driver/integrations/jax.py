@@ -85,7 +85,7 @@ def bind_pytree(
     found = [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in paths]
     name_of = names if callable(names) else _renaming(names or {}, [path for path, _ in found])
     leaves = {
-        i: _leaf(path, joined(prefix, name_of(path)), leaf, region)
+        i: _leaf(path, _named(prefix, path, name_of), leaf, region)
         for i, (path, leaf) in enumerate(found)
         if not isinstance(leaf, Buffer)
     }
@@ -94,6 +94,13 @@ def bind_pytree(
             treedef,
             [handles[leaves[i].name] if i in leaves else leaf for i, (_, leaf) in enumerate(found)],
         )
+
+
+def _named(prefix: str, path: str, name_of: Callable[[str], str]) -> str:
+    name = name_of(path)
+    if not isinstance(name, str):
+        raise DTypeError(f"names gave {name!r} for the leaf {path!r}, which is no text")
+    return joined(prefix, name)
 
 
 def _renaming(names: Mapping[str, str], paths: list[str]) -> Callable[[str], str]:

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlx_driver.errors import DTypeError, DuplicateError, StaleViewError, ZeroCopyError
+from rlx_driver.errors import (
+    DeviceUnavailableError,
+    DTypeError,
+    DuplicateError,
+    StaleViewError,
+    ZeroCopyError,
+)
 from rlx_driver.integrations import _torch_optimizer
 from rlx_driver.integrations._bind import (
     Leaf,
@@ -230,6 +236,12 @@ def bind_optimizer(
         entries = _torch_optimizer.entries(optimizer, region)
         leaves = []
         for entry in entries:
+            if entry.key == "step" and entry.tensor.device.type == "cpu" != region.device.kind:
+                raise DeviceUnavailableError(
+                    f"{entry.what} is on the host and the region on {region.device}: make the "
+                    "optimizer with fused=True or capturable=True, which keep it on the GPU. "
+                    "Nothing was bound"
+                )
             leaf = _leaf(entry.what, joined(kind, entry.key, entry.name), entry.tensor, region)
             value = entry.tensor.detach() if entry.exists else None
             leaves.append(Leaf(leaf.name, leaf.shape, leaf.dtype, value))
