@@ -208,6 +208,20 @@ def test_gradients_after_an_update_are_those_of_the_new_values():
     assert torch.equal(model.weight.grad, twin.weight.grad)
 
 
+@pytest.mark.jax
+@pytest.mark.slow
+def test_a_compiled_module_follows_its_handles():
+    model, region = make().eval(), rlx.HandleRegion()
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(tokens())
+    handles = floats(bind_module(model, region))
+    assert torch.equal(compiled(tokens()), model(tokens()))
+    before = model(tokens())
+    rlx.update(handles, ones_added)
+    assert torch.equal(compiled(tokens()), model(tokens()))
+    assert not torch.equal(model(tokens()), before)
+
+
 def test_grad_hooks_and_grad_stay():
     model, region = make(), rlx.HandleRegion()
     cost(model).backward()
