@@ -1,7 +1,7 @@
 """Training on bound state against training on the frameworks' own.
 
-In torch nothing but the place of the tensors differs. In JAX a step goes through `rlx.update` over a
-tree of handles, of which torch holds views, against a plain donated jit.
+In torch nothing but the place of the tensors differs. In JAX a step goes through `rlx.update` over
+a tree of handles, of which torch holds views, against a plain donated jit.
 """
 
 import jax

@@ -26,10 +26,10 @@ import numpy as np
 import optax
 import torch
 from rich.console import Console
-from rich.table import Table
 
 import rlx_driver as rlx
 import tiny_gpt
+from cost_curves import cost_table, difference, plot
 from rlx_driver.integrations.jax import bind_pytree
 from rlx_driver.integrations.torch import bind_module, bind_optimizer, require_bound
 from train_tiny_gpt import corpus
@@ -245,55 +245,6 @@ def sample_batches(args: argparse.Namespace, config: tiny_gpt.Config) -> np.ndar
 # The report -------------------------------------------------------------------------------------
 
 
-def difference(costs: Sequence[float], reference: Sequence[float]) -> np.ndarray:
-    """Give by how much each cost differs, in relation to the reference."""
-    return np.abs(np.array(costs) / np.array(reference) - 1)
-
-
-def cost_table(curves: dict[str, list[float]], steps: int) -> Table:
-    """Show mean costs by phase for each run, and the largest difference of a step from torch's."""
-    table = Table(title="Mean cost in nats a token, and the largest relative difference of a step")
-    table.add_column("run")
-    for number, framework in enumerate(PHASES):
-        first = number * steps
-        table.add_column(f"steps {first + 1}-{first + steps}\n({framework} in the first row)")
-    reference = curves["torch alone"]
-    for name, costs in curves.items():
-        cells = []
-        for number in range(len(PHASES)):
-            part = slice(number * steps, (number + 1) * steps)
-            worst = difference(costs, reference)[part].max()
-            cells.append(f"{np.mean(costs[part]):.5f}  {worst:.1e}")
-        table.add_row(name, *cells)
-    return table
-
-
-def plot(path: str, curves: dict[str, list[float]], steps: int) -> None:
-    """Draw the costs of all runs, and below how far each is from torch's."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(8, 6), layout="constrained")
-    x = np.arange(1, len(curves["torch alone"]) + 1)
-    for i, ((name, costs), style) in enumerate(
-        zip(curves.items(), ("-", "--", ":", "-."), strict=True)
-    ):
-        top.plot(x, costs, style, color=f"C{i}", label=name)
-        if name != "torch alone":
-            apart = np.maximum(difference(costs, curves["torch alone"]), 1e-9)
-            bottom.semilogy(x, apart, style, color=f"C{i}", label=name)
-    bottom.axhline(TOLERANCE, color="grey", linewidth=0.8)
-    for axes in (top, bottom):
-        axes.axvspan(steps + 0.5, 2 * steps + 0.5, color="grey", alpha=0.15)
-        axes.legend()
-    top.set(ylabel="cost (nats a token)", title="Shaded: JAX trains, on torch's memory")
-    bottom.set(xlabel="step", ylabel="difference from torch alone")
-    figure.savefig(path)
-    plt.close(figure)
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with a message where it makes no sense."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -361,7 +312,7 @@ def demo(args: argparse.Namespace) -> int:
     console = Console(
         width=None if sys.stdout.isatty() else 100, highlight=False, markup=False, emoji=False
     )
-    console.print(cost_table(curves, args.steps))
+    console.print(cost_table(curves, PHASES))
     steps = len(batches)
     held = sum(handle.byte_size for handle in bound.region)
     console.print(
@@ -371,7 +322,7 @@ def demo(args: argparse.Namespace) -> int:
         f"Ledger: {record.counts}\n"
     )
     if args.plot:
-        plot(args.plot, curves, args.steps)
+        plot(args.plot, curves, len(PHASES), TOLERANCE)
 
     worst = {name: difference(costs, alone).max() for name, costs in curves.items()}
     ends = {name: bound.region[name].to_host().numpy() for name in weights}

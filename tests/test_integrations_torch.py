@@ -174,6 +174,27 @@ def test_an_update_by_jax_reaches_a_held_module_in_order(owner):
 
 
 @pytest.mark.jax
+def test_the_module_waits_for_an_update_on_its_way():
+    import jax
+
+    def slow(weights):
+        value = weights["weight"]
+        for _ in range(30):
+            value = value @ weights["weight"] / 256
+        return {"weight": value + 1}
+
+    model, region = nn.Linear(256, 256, bias=False), rlx.HandleRegion()
+    with torch.no_grad():
+        model.weight.fill_(1)
+    bound = bind_module(model, region)
+    state = bind_optimizer(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), region)
+    assert state["momentum_buffer"]["weight"].shape == (256, 256)
+    jax.block_until_ready(jax.jit(slow)({"weight": np.ones((256, 256), np.float32)}))
+    rlx.update(bound, slow)
+    assert (model.weight == 2).all()  # the parameter itself: no call of the driver in between
+
+
+@pytest.mark.jax
 def test_a_backward_pass_over_changed_memory_raises():
     model, region = make(), rlx.HandleRegion()
     handles = bind_module(model, region)
@@ -455,11 +476,63 @@ def test_narrow_dtypes_and_empty_tensors():
 def test_inference_mode_does_not_poison_what_is_bound_in_it():
     model, region = make(), rlx.HandleRegion()
     with torch.inference_mode():
-        bind_module(model, region)
+        handles = bind_module(model, region)
         bind_gradients(model, region)
+        optimizer = torch.optim.Adam(trainable(model))
+        state = bind_optimizer(optimizer, region)
     cost(model).backward()
+    optimizer.step()
     with torch.no_grad():
         model.embed.weight.add_(1)
+    handles["embed.weight"].torch().add_(1)
+    state["exp_avg"]["embed.weight"].torch().add_(1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize("first", ["wrapped", "bound"])
+@pytest.mark.parametrize("bucket_view", [False, True])
+def test_data_parallel_training_is_as_before(first, bucket_view, tmp_path):
+    """In a process of its own: a process group is global."""
+    code = f"""
+import torch
+import rlx_driver as rlx
+from rlx_driver.integrations.torch import bind_module, bind_optimizer, require_bound
+torch.distributed.init_process_group(
+    "gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+
+def make(bind):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
+    region = rlx.HandleRegion()
+    if bind and {first!r} == "bound":
+        bind_module(model, region)
+    wrapped = torch.nn.parallel.DistributedDataParallel(
+        model, gradient_as_bucket_view={bucket_view})
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    if bind:
+        if {first!r} == "wrapped":
+            bind_module(model, region)
+        bind_optimizer(optimizer, region)
+        require_bound(wrapped)
+    return wrapped, optimizer, region
+
+mine, plain = make(True), make(False)
+x = torch.linspace(-1, 1, 32).reshape(8, 4)
+for model, optimizer, _ in (mine, plain):
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(x) ** 2).sum().backward()
+        optimizer.step()
+for a, b in zip(mine[0].parameters(), plain[0].parameters(), strict=True):
+    assert torch.equal(a, b) and torch.equal(a.grad, b.grad)
+require_bound(mine[0]), require_bound(mine[1])
+assert mine[0].module[0].weight.data_ptr() == mine[2]["0.weight"].address
+torch.distributed.destroy_process_group()
+print("done")
+"""
+    assert "done" in must_run(code)
 
 
 # --- what is refused -----------------------------------------------------------------------------

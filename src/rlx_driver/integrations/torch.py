@@ -73,7 +73,8 @@ def bind_module(
 
     Notes
     -----
-    Copies: once, the values into the handles (in C order), as the ledger says. Blocks: for that.
+    Copies: once, the values into the handles (in C order), as the ledger says; until it returns
+    both are in memory. Blocks: for that.
     Aliases: afterwards each tensor is a view of its handle, in order with what goes through it. A
     write by the driver raises the version counter of the tensor, so that autograd refuses what it
     made stale. ``load_state_dict`` copies in place; ``load_state_dict(assign=True)`` and plain
