@@ -91,7 +91,7 @@ def missing_frameworks(page: Path) -> list[str]:
     code = "\n".join(code for _, info, code in blocks(page) if not info)
     return [
         name
-        for name in ("torch", "jax", "ml_dtypes")
+        for name in ("torch", "jax", "ml_dtypes", "optax")
         if re.search(rf"\b{name}\b", code) and importlib.util.find_spec(name) is None
     ]
 

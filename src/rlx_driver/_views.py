@@ -248,6 +248,18 @@ class ViewsMixin:
             if self._parent is None and backend is self._backend:
                 self._access.watch(backend.version_of(view))
 
+    def _keep_view(self, target: Backend, view: Any) -> None:
+        """Take an array of this very memory that came about elsewhere for the view from now on.
+
+        Whoever shares its count of writes is told of the driver's from then on.
+        """
+        verify(view, self._facts, target.facts(view))
+        with self._access.lock:
+            self._mark(target, view)
+            self._views[target.name] = view
+            if target.name == "torch":
+                self._torch = None  # the next call takes it, in order
+
     def _functional_view(self, target: FunctionalBackend, *, in_scope: bool = False) -> Any:
         if not target.trace_state_clean():
             raise StaleViewError(
