@@ -75,6 +75,7 @@ class TorchBackend(TypedServices):
     name: ClassVar[str] = "torch"
     packages: ClassVar[tuple[str, ...]] = ("torch",)
     kinds: ClassVar[tuple[str, ...]] = ("cuda", "rocm", "metal")
+    plain_arguments = frozenset({bool, int, float, complex, type(None), torch.Tensor})
 
     def devices(self, kind: str) -> list[Device]:
         """List the GPUs that torch can use, and the host."""
@@ -326,12 +327,23 @@ class TorchBackend(TypedServices):
 
     def overlaps(self, first: torch.Tensor, second: torch.Tensor) -> bool:
         """Tell whether two tensors share a storage."""
-        ours, theirs = first.untyped_storage(), second.untyped_storage()
+        try:
+            ours, theirs = first.untyped_storage(), second.untyped_storage()
+        except NotImplementedError:  # sparse
+            return False
         return ours.data_ptr() == theirs.data_ptr() and ours.nbytes() > 0
+
+    def named_step(
+        self, step: Callable[..., Any], options: dict[str, Any]
+    ) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
+        """Compile a session's step by ``torch.compile``, or call it as it is with ``eager``."""
+        from rlx_driver.backends._torch_compile import named_step
+
+        return named_step(step, options)
 
     def writing(self) -> AbstractContextManager[Any]:
         """Record no autograd graph."""
-        return torch.no_grad()
+        return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
     # Raises the version counters, so that autograd refuses what it saved before. The function
     # itself, for it is on the hot path.
