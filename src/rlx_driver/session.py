@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Session"]
 
+_NUMBERS = (bool, int, float, complex, np.generic)
+
 
 class Session:
     """Names for handles on one device, and steps compiled over them in any framework.
@@ -235,11 +237,9 @@ class Session:
         """
         self._require_open()
         tree = self.handle(name)
-        buffers = leaves_of(tree)
-        if isinstance(initial, (bool, int, float, complex)):
-            initial = _filled(name, tree, initial)
-        described(name, tree, initial, cast=cast)
-        commit_all(buffers, leaves_of(initial), cast, "bind_handle")
+        values = _arrays(name, tree, initial)
+        described(name, tree, values, cast=cast)
+        commit_all(leaves_of(tree), leaves_of(values), cast, "bind_handle")
         self._bound.add(name)
 
     def read_handle(self, name: str) -> Any:
@@ -351,20 +351,31 @@ class Session:
         )
 
 
-def _filled(name: str, tree: Any, number: Any) -> Any:
-    """Give host arrays for a tree of handles, filled with a number."""
+def _arrays(name: str, tree: Any, initial: Any) -> Any:
+    """Give the values for a tree of handles, with host arrays in the place of numbers."""
     flatten, unflatten = _pytree.functions()
     buffers, structure = flatten(tree)
-    filled = []
-    for buffer in buffers:
-        try:
-            filled.append(np.full(buffer.shape, number, buffer.dtype))
-        except (OverflowError, TypeError, ValueError) as error:
-            raise DTypeError(
-                f"{number!r} does not fit {name!r} of {buffer.dtype.name}: {error}. Nothing was "
-                "changed"
-            ) from error
-    return unflatten(structure, filled)
+    if isinstance(initial, _NUMBERS):
+        initial = unflatten(structure, [initial] * len(buffers))
+    values, found = flatten(initial)
+    if found == structure:  # else there is an error to come
+        pairs = zip(buffers, values, strict=True)
+        values = [
+            _filled(name, buffer, value) if isinstance(value, _NUMBERS) else value
+            for buffer, value in pairs
+        ]
+    return unflatten(found, values)
+
+
+def _filled(name: str, buffer: Buffer, number: Any) -> Any:
+    array = np.empty(buffer.shape, buffer.dtype)
+    try:
+        array[...] = number.item() if isinstance(number, np.generic) else number
+    except (OverflowError, TypeError, ValueError) as error:
+        raise DTypeError(
+            f"{number!r} does not fit {name!r} of {buffer.dtype.name}: {error}. Nothing was changed"
+        ) from error
+    return array
 
 
 def _same(name: str, have: Any, asked: Any) -> Any:
