@@ -1049,3 +1049,17 @@ def test_order_with_views_that_are_held(session, way):
     for value in range(1, 4):
         step.run(x=1.0)
         assert (held == value).all()
+
+
+@pytest.mark.parametrize("private", [None, lambda on: None, torch.manual_seed], ids=str)
+def test_no_graph_is_recorded_whatever_torch_offers(private):
+    from rlx_driver.backends._torch_grad import probe_no_grad
+
+    for no_grad in (probe_no_grad(private), probe_no_grad()):
+        for outside in (True, False):
+            with torch.set_grad_enabled(outside):
+                with pytest.raises(AssertionError), no_grad():
+                    assert torch.is_grad_enabled()
+                with no_grad(), no_grad():
+                    assert not torch.is_grad_enabled()
+                assert torch.is_grad_enabled() is outside

@@ -126,7 +126,7 @@ class NamedStep:
     def __call__(self, state: Any, *values: Any) -> tuple[Any, Any]:
         """Run the step on arrays of its framework."""
         given = state if self._single is None else {self._single: state}
-        inputs = dict(zip(self._values, values, strict=True))
+        inputs = dict(zip(self._values, values))  # noqa: B905 - the plan made both
         # The step gets a dict of its own: it may change the one it takes as **kwargs.
         result = self._call(given, inputs)
         if type(result) is not tuple or len(result) != 2:

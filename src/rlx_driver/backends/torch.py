@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from rlx_driver.backends._numpy_pointer import pointer
+from rlx_driver.backends._torch_grad import probe_no_grad
 from rlx_driver.backends._torch_streams import DEVICE_TYPE, GPU_KIND, place_of
 from rlx_driver.backends._torch_tensors import (
     CARRIER,
@@ -341,9 +342,8 @@ class TorchBackend(TypedServices):
 
         return named_step(step, options)
 
-    def writing(self) -> AbstractContextManager[Any]:
-        """Record no autograd graph."""
-        return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+    # Records no autograd graph. The function itself, for it is on the hot path.
+    writing = staticmethod(probe_no_grad())
 
     # Raises the version counters, so that autograd refuses what it saved before. The function
     # itself, for it is on the hot path.
