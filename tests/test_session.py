@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import sys
 import threading
 import weakref
 from collections import namedtuple
@@ -998,8 +999,17 @@ def test_a_fake_device(framework):
 # --- threads, traces -----------------------------------------------------------------------------
 
 
+@pytest.fixture
+def impatient():
+    """Switch between threads all the time, so that they meet in the middle of a first run."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
 @ways
-def test_threads_lose_no_run(session, way):
+def test_threads_lose_no_run(session, way, impatient):
     step = session.compile(lambda n: ({"n": n + 1}, n), {"n": ((), "i32")}, **WAYS[way])
     step.bind_handle("n", 0)
     seen = []

@@ -225,10 +225,10 @@ class Compiled:
         self._signature.require_known(inputs, "an input")
         self._signature.require_complete(self._handles.keys() | inputs.keys())
         ordered = tuple(sorted(inputs))
-        plan = self._plans.get((lent, *ordered))
-        if plan is None:
-            plan = _Plan(self, ordered, lent)
-            self._plans[(lent, *ordered)] = plan
+        with self._session._lock:  # or threads would compile a program each
+            plan = self._plans.get((lent, *ordered))
+            if plan is None:
+                plan = self._plans[(lent, *ordered)] = _Plan(self, ordered, lent)
         if tuple(inputs) != ordered:
             plan = self._plans[(lent, *inputs)] = plan.reordered()
         return plan
