@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rlx_driver import _pytree
+from rlx_driver._ledger import ledger
 from rlx_driver.backends.base import Backend, FunctionalBackend
 from rlx_driver.errors import DTypeError, ShapeError, UnboundNameError
 
@@ -191,5 +192,7 @@ class NamedStep:
             if leaf is each or (
                 not self._functional and target.owns(each) and target.overlaps(leaf, each)
             ):
+                if not self._functional:  # there it is part of the program
+                    ledger.count_copy(target.facts(leaf).byte_size, "an output aliased a buffer")
                 return target.duplicate(leaf)
         return leaf

@@ -68,6 +68,8 @@ class Compiled:
         self._easy: set[type] = set(_PLAIN)
         if session.device.is_host:
             self._easy |= target.plain_arguments
+            if target.functional:
+                self._easy.add(np.ndarray)  # `update` copies it
         self._plans: dict[tuple[Any, ...], _Plan] = {}
 
     @property

@@ -315,14 +315,14 @@ class Session:
                 found[name] = self.handle(name)
                 continue
             tree = planned_tree(name, value, self.device)
-            if name in known:
+            if name in known and not any(leaf.is_closed for leaf in leaves_of(known[name])):
                 found[name] = _same(name, known[name], tree)
             else:
                 found[name] = fresh[name] = tree
         given = [leaf for tree in found.values() for leaf in leaves_of(tree)]
         _checked([leaf for leaf in given if isinstance(leaf, Buffer)])
-        made = self._made(fresh)
-        found.update(made)
+        self._bound.difference_update(fresh)  # of a closed handle of that name
+        found.update(self._made(fresh))
         self._named.update({name: found[name] for name in asked})
         return found
 
