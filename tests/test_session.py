@@ -455,6 +455,16 @@ def test_an_input_buffer_that_comes_back_is_copied(session, total, way):
     assert not inside(nested.run(x=lent), lent)
 
 
+def test_jax_cannot_forward_what_is_not_the_users_own(session, total):
+    lent = rlx.Buffer.from_array(one, copy=True)
+    step = session.compile(lambda x, y, total: ({}, [x, y, total]), [total])
+    step.bind_handle("total", 0)
+    step.run(x=lent, y=jnp.ones(3))
+    (plan,) = step._plans.values()
+    program = jax.make_jaxpr(plan._program)(jnp.ones((2, 3)), jnp.ones((2, 3)), jnp.ones(3))
+    assert sum(equation.primitive.name == "copy" for equation in program.eqns) == 2
+
+
 def test_jax_outputs_that_look_like_the_state_do_not_take_its_memory(session, total):
     step = session.compile(lambda total: ({"total": total * 2}, total + 1), [total])
     step.bind_handle("total", 3)
@@ -870,6 +880,16 @@ def test_bad_handles_make_no_handles(session, handles, error):
     assert len(session.region) == 0
 
 
+def test_initial_arrays_that_cannot_be_copied_make_no_handles(session):
+    with rlx.no_copies(), pytest.raises(rlx.ZeroCopyError):
+        session.compile(add, {"total": one})
+    assert not session.handles
+    assert len(session.region) == 0
+    step = session.compile(add, {"total": ((2, 3), "f32")}, "numpy")
+    with pytest.raises(rlx.UnboundNameError):
+        step.run(x=1.0)
+
+
 def test_one_name_is_one_handle_in_a_session(session, total):
     step = session.compile(add, [total])
     assert session.compile(add, [total]).handle("total") is total
@@ -1040,6 +1060,15 @@ def test_threads_lose_no_run(session, way, impatient):
         thread.join()
     assert sorted(seen) == list(range(100))
     assert step.read_handle("n") == 100
+
+
+def test_threads_that_compile_at_once_get_one_program():
+    from rlx_driver.backends._jax_steps import StepCache
+
+    cache = StepCache()
+    key = id(add), None, True, ()
+    assert cache._add(key, add, *key[1:]) is cache._add(key, add, *key[1:])
+    assert len(cache) == 1
 
 
 def test_a_run_inside_its_own_step_or_a_trace_is_refused(session, total):

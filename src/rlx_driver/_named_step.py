@@ -188,7 +188,7 @@ class NamedStep:
         if not target.owns(leaf):
             return leaf
         for each in memory:
-            # A functional framework forwards an input that is returned as it is, and no other.
+            # A functional framework may forward an input that is returned as it is, and no other.
             if leaf is each or (
                 not self._functional and target.owns(each) and target.overlaps(leaf, each)
             ):

@@ -24,7 +24,18 @@ from rlx_driver.registry import registry
 if TYPE_CHECKING:
     from rlx_driver.device import Device
 
-__all__ = ["Spec", "described", "leaves_of", "lookup", "named", "planned_tree"]
+__all__ = [
+    "Spec",
+    "described",
+    "filled",
+    "leaves_of",
+    "lookup",
+    "named",
+    "planned_tree",
+    "same_handles",
+]
+
+_NUMBERS = (bool, int, float, complex, np.generic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,3 +182,44 @@ def lookup(handles: Mapping[str, Any], name: str, whose: str) -> Any:
         known = ", ".join(handles) or "none"
         raise UnboundNameError(f"{whose} has no handle {name!r}; it has: {known}")
     return handles[name]
+
+
+def filled(name: str, tree: Any, initial: Any) -> Any:
+    """Give the values for a tree of handles, with host arrays in the place of numbers."""
+    flatten, unflatten = _pytree.functions()
+    buffers, structure = flatten(tree)
+    if isinstance(initial, _NUMBERS):
+        initial = unflatten(structure, [initial] * len(buffers))
+    values, found = flatten(initial)
+    if found == structure:  # else there is an error to come
+        pairs = zip(buffers, values, strict=True)
+        values = [
+            _filled(name, buffer, value) if isinstance(value, _NUMBERS) else value
+            for buffer, value in pairs
+        ]
+    return unflatten(found, values)
+
+
+def _filled(name: str, buffer: Buffer, number: Any) -> Any:
+    array = np.empty(buffer.shape, buffer.dtype)
+    try:
+        array[...] = number.item() if isinstance(number, np.generic) else number
+    except (OverflowError, TypeError, ValueError) as error:
+        raise DTypeError(
+            f"{number!r} does not fit {name!r} of {buffer.dtype.name}: {error}. Nothing was changed"
+        ) from error
+    return array
+
+
+def same_handles(name: str, have: Any, asked: Any) -> Any:
+    """Give the handles that a session has, when they are the ones that are asked for."""
+    wanted = leaves_of(asked)
+    if [*map(id, leaves_of(have))] == [*map(id, wanted)]:
+        return have
+    if any(isinstance(leaf, Buffer) or leaf.initial is not None for leaf in wanted):
+        raise DuplicateError(
+            f"the session has another handle {name!r} already: choose a name, or give "
+            f"handles=[{name!r}] and bind it"
+        )
+    described(name, have, asked)
+    return have

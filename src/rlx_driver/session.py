@@ -5,18 +5,18 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from rlx_driver import _pytree
 from rlx_driver._mutable import require_backend
 from rlx_driver._named_step import Signature
 from rlx_driver._session_handles import (
     Spec,
     described,
+    filled,
     leaves_of,
     lookup,
     named,
     planned_tree,
+    same_handles,
 )
 from rlx_driver._sharing import resolve
 from rlx_driver.buffer import Buffer
@@ -25,8 +25,6 @@ from rlx_driver.device import Device
 from rlx_driver.errors import (
     ClosedHandleError,
     DeviceUnavailableError,
-    DTypeError,
-    DuplicateError,
     UnboundNameError,
 )
 from rlx_driver.handle import HandleRegion
@@ -39,8 +37,6 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 __all__ = ["Session"]
-
-_NUMBERS = (bool, int, float, complex, np.generic)
 
 
 class Session:
@@ -237,7 +233,7 @@ class Session:
         """
         self._require_open()
         tree = self.handle(name)
-        values = _arrays(name, tree, initial)
+        values = filled(name, tree, initial)
         described(name, tree, values, cast=cast)
         commit_all(leaves_of(tree), leaves_of(values), cast, "bind_handle")
         self._bound.add(name)
@@ -316,7 +312,7 @@ class Session:
                 continue
             tree = planned_tree(name, value, self.device)
             if name in known and not any(leaf.is_closed for leaf in leaves_of(known[name])):
-                found[name] = _same(name, known[name], tree)
+                found[name] = same_handles(name, known[name], tree)
             else:
                 found[name] = fresh[name] = tree
         given = [leaf for tree in found.values() for leaf in leaves_of(tree)]
@@ -349,44 +345,3 @@ class Session:
             structure,
             [handles[leaf.name] if isinstance(leaf, Spec) else leaf for leaf in leaves],
         )
-
-
-def _arrays(name: str, tree: Any, initial: Any) -> Any:
-    """Give the values for a tree of handles, with host arrays in the place of numbers."""
-    flatten, unflatten = _pytree.functions()
-    buffers, structure = flatten(tree)
-    if isinstance(initial, _NUMBERS):
-        initial = unflatten(structure, [initial] * len(buffers))
-    values, found = flatten(initial)
-    if found == structure:  # else there is an error to come
-        pairs = zip(buffers, values, strict=True)
-        values = [
-            _filled(name, buffer, value) if isinstance(value, _NUMBERS) else value
-            for buffer, value in pairs
-        ]
-    return unflatten(found, values)
-
-
-def _filled(name: str, buffer: Buffer, number: Any) -> Any:
-    array = np.empty(buffer.shape, buffer.dtype)
-    try:
-        array[...] = number.item() if isinstance(number, np.generic) else number
-    except (OverflowError, TypeError, ValueError) as error:
-        raise DTypeError(
-            f"{number!r} does not fit {name!r} of {buffer.dtype.name}: {error}. Nothing was changed"
-        ) from error
-    return array
-
-
-def _same(name: str, have: Any, asked: Any) -> Any:
-    """Give the handles that a session has, when they are the ones that are asked for."""
-    wanted = leaves_of(asked)
-    if [*map(id, leaves_of(have))] == [*map(id, wanted)]:
-        return have
-    if any(isinstance(leaf, Buffer) or leaf.initial is not None for leaf in wanted):
-        raise DuplicateError(
-            f"the session has another handle {name!r} already: choose a name, or give "
-            f"handles=[{name!r}] and bind it"
-        )
-    described(name, have, asked)
-    return have
