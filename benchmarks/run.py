@@ -15,6 +15,7 @@ SUITES = {
         "exchange",
         "update",
         "tree",
+        "session",
         "fence",
         "memory",
         "typed_io",

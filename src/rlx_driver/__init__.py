@@ -14,6 +14,7 @@ from rlx_driver._memory_values import DeviceMemory, MemoryEntry, MemoryReport, R
 from rlx_driver._races import Race
 from rlx_driver.arena import Arena
 from rlx_driver.buffer import Buffer
+from rlx_driver.compiled import Compiled
 from rlx_driver.device import Device, MemoryInfo, available_devices
 from rlx_driver.device_arena import DeviceArena
 from rlx_driver.dtypes import DTypeInfo, dtype
@@ -50,6 +51,7 @@ from rlx_driver.interval import Interval
 from rlx_driver.live_ranges import intervals_from_fx, intervals_from_jaxpr
 from rlx_driver.plan import MemoryPlan, plan_memory
 from rlx_driver.registry import register_backend
+from rlx_driver.session import Session
 from rlx_driver.stream import CommandStream, JaxStream, SyncStream, TorchStream, command_stream
 from rlx_driver.tree import commit, read, update, views, write
 from rlx_driver.typed_io import read_typed_to_f32, write_typed_from_f32
@@ -71,6 +73,8 @@ __all__ = [
     # order
     "CommandGraph",
     "CommandStream",
+    # sessions
+    "Compiled",
     "DTypeError",
     # devices and dtypes
     "DTypeInfo",
@@ -104,6 +108,7 @@ __all__ = [
     "RaceWarning",
     "RecompilationWarning",
     "RegionMemory",
+    "Session",
     "ShapeError",
     "SnapshotError",
     "StaleViewError",

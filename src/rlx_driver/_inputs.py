@@ -25,15 +25,22 @@ class Inputs:
         As the caller gave them; Buffers may stand anywhere in them.
     static
         Positions of static arguments, the state being 0; those are left alone.
+    plain
+        Types that the framework takes as they are; where there are no others, nothing is to do.
     """
 
     def __init__(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], static: int | tuple[int, ...]
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        static: int | tuple[int, ...],
+        plain: frozenset[type] = frozenset(),
     ) -> None:
         self.static = static_positions(static)
-        self._none = not args and not kwargs
+        self._given = args, kwargs
+        self._plain = not kwargs and plain.issuperset(map(type, args))
         self._buffers: list[Any] = []
-        if self._none:
+        if self._plain:
             return
         self._fixed = {i: value for i, value in enumerate(args) if i + 1 in self.static}
         free = tuple(None if i in self._fixed else value for i, value in enumerate(args))
@@ -49,6 +56,8 @@ class Inputs:
         StaleViewError
             When one is memory of the state.
         """
+        if not self._buffers:
+            return []
         for buffer in self._buffers:
             buffer._materialise()
         reads = list(dict.fromkeys(buffer._access for buffer in self._buffers))
@@ -62,8 +71,8 @@ class Inputs:
 
     def for_framework(self, target: Backend) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Give the arguments to call with, inside the accesses that `reads` named."""
-        if self._none:
-            return (), {}
+        if self._plain:
+            return self._given
         plain = target.plain_arguments
         leaves = [
             leaf if type(leaf) in plain else self._safe(leaf, target) for leaf in self._leaves

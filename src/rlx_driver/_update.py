@@ -180,9 +180,11 @@ def update_many(
     for buffer in buffers:
         if buffer._native is None:
             buffer._materialise()
-    inputs = Inputs(args, kwargs, static)
     if not isinstance(target, FunctionalBackend):
-        return update_mutable(buffers, structure, require_backend(target), step, inputs, has_aux)
+        target = require_backend(target)
+        inputs = Inputs(args, kwargs, static, target.plain_arguments)
+        return update_mutable(buffers, structure, target, step, inputs, has_aux)
+    inputs = Inputs(args, kwargs, static, target.plain_arguments)
     if not target.trace_state_clean():
         raise inside_trace(buffers)
     name = target.name

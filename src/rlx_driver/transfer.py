@@ -125,11 +125,13 @@ def _moved(source: Buffer, device: Device, reason: str) -> Buffer:
     return fresh
 
 
-def commit_all(buffers: Sequence[Buffer], values: Sequence[Any]) -> None:
+def commit_all(
+    buffers: Sequence[Buffer], values: Sequence[Any], cast: bool = False, reason: str = "commit"
+) -> None:
     """Commit values into buffers; every fit is checked before anything is touched."""
     for buffer in buffers:
         buffer._materialise()
-    _put(buffers, values, False, "commit")
+    _put(buffers, values, cast, reason)
 
 
 def _put(

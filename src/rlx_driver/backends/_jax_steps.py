@@ -53,7 +53,7 @@ class StepCache:
         identity = (id(step.__self__), id(step.__func__)) if bound else id(step)
         key = (identity, structure, has_aux, static)
         found = self._programs.get(key)
-        if found is not None and (found[0]() is step or (bound and found[0]() == step)):
+        if found is not None and _is_same(found[0](), step):
             return found[1]
         return self._add(key, step, structure, has_aux, static)
 
@@ -68,6 +68,9 @@ class StepCache:
             traced.__name__ = traced.__qualname__ = getattr(step, "__name__", "step")
             program = jax.jit(traced, donate_argnums=0, keep_unused=True, static_argnums=static)
         with self._lock:
+            found = self._programs.get(key)
+            if found is not None and _is_same(found[0](), step):  # another thread was faster
+                return found[1]
             self._programs[key] = reference, program
             self._programs.move_to_end(key)
             while len(self._programs) > self._limit:
@@ -96,6 +99,11 @@ class StepCache:
                 RecompilationWarning,
                 stacklevel=_user_frame(),
             )
+
+
+def _is_same(known: Any, step: Any) -> bool:
+    # Steps compare by identity, whatever their == says; of a bound method the parts do.
+    return known is step or (type(step) is MethodType and bool(known == step))
 
 
 def _user_frame() -> int:

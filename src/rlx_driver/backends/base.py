@@ -215,6 +215,22 @@ class Backend(TypedIO, ABC):
         """Make an array of what a step returned, where the framework gives scalars for 0-d."""
         return result
 
+    def named_step(
+        self, step: Callable[..., Any], options: dict[str, Any]
+    ) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
+        """Give what calls a session's step with a dict of its state and one of its inputs.
+
+        Raises
+        ------
+        DTypeError
+            For options that this framework has no use for.
+        """
+        if options:
+            raise DTypeError(
+                f"{self.name} takes no option {next(iter(options))!r} for a step; leave it out"
+            )
+        return lambda state, inputs: step(**state, **inputs)
+
     def writing(self) -> AbstractContextManager[Any]:
         """Enter what a step of this framework needs around it, such as no_grad."""
         return nullcontext()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from rlx_driver.backends._numpy_pointer import pointer
+from rlx_driver.backends._torch_grad import probe_no_grad
 from rlx_driver.backends._torch_streams import DEVICE_TYPE, GPU_KIND, place_of
 from rlx_driver.backends._torch_tensors import (
     CARRIER,
@@ -75,6 +76,7 @@ class TorchBackend(TypedServices):
     name: ClassVar[str] = "torch"
     packages: ClassVar[tuple[str, ...]] = ("torch",)
     kinds: ClassVar[tuple[str, ...]] = ("cuda", "rocm", "metal")
+    plain_arguments = frozenset({bool, int, float, complex, type(None), torch.Tensor})
 
     def devices(self, kind: str) -> list[Device]:
         """List the GPUs that torch can use, and the host."""
@@ -326,12 +328,22 @@ class TorchBackend(TypedServices):
 
     def overlaps(self, first: torch.Tensor, second: torch.Tensor) -> bool:
         """Tell whether two tensors share a storage."""
-        ours, theirs = first.untyped_storage(), second.untyped_storage()
+        try:
+            ours, theirs = first.untyped_storage(), second.untyped_storage()
+        except NotImplementedError:  # sparse
+            return False
         return ours.data_ptr() == theirs.data_ptr() and ours.nbytes() > 0
 
-    def writing(self) -> AbstractContextManager[Any]:
-        """Record no autograd graph."""
-        return torch.no_grad()
+    def named_step(
+        self, step: Callable[..., Any], options: dict[str, Any]
+    ) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
+        """Compile a session's step by ``torch.compile``, or call it as it is with ``eager``."""
+        from rlx_driver.backends._torch_compile import named_step
+
+        return named_step(step, options)
+
+    # Records no autograd graph. The function itself, for it is on the hot path.
+    writing = staticmethod(probe_no_grad())
 
     # Raises the version counters, so that autograd refuses what it saved before. The function
     # itself, for it is on the hot path.
