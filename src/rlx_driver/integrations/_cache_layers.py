@@ -19,7 +19,7 @@ from rlx_driver.errors import DTypeError, MissingPackageError, ShapeError
 if TYPE_CHECKING:
     from rlx_driver.integrations._cache_store import Store
 
-__all__ = ["HandleLayer", "HandleSlidingLayer", "in_handles"]
+__all__ = ["HandleLayer", "HandleSlidingLayer", "StoredLayer", "in_handles"]
 
 StaticLayer = getattr(cache_utils, "StaticLayer", None)
 StaticSlidingWindowLayer = getattr(cache_utils, "StaticSlidingWindowLayer", None)
@@ -37,7 +37,7 @@ COUNTS = isinstance(getattr(StaticLayer(max_cache_len=1), "cumulative_length", N
 _mark_static = getattr(torch._dynamo, "mark_static_address", lambda tensor: None)
 
 
-class _InHandles(StaticLayer):  # type: ignore[misc, valid-type]
+class StoredLayer(StaticLayer):  # type: ignore[misc, valid-type]
     """What both kinds of layers do: they take their tensors from the store."""
 
     def place(self, store: Store, index: int) -> None:
@@ -64,18 +64,15 @@ class _InHandles(StaticLayer):  # type: ignore[misc, valid-type]
                 "the keys and values require grad, and a cache in handles keeps no graph: run the "
                 "model under torch.no_grad() or torch.inference_mode(). Nothing was changed"
             )
-        if not self.is_initialized:
+        if not self.is_initialized or self.signature == _signature(key_states, value_states):
             return
         batch, held = key_states.shape[0], self.keys.shape[0]
-        if batch != held:
-            if self.host_length():
-                raise ShapeError(
-                    f"the cache holds a batch of {held}, and layer {self.index} was given one of "
-                    f"{batch}: call reset() first, or go on with {held}. Nothing was changed"
-                )
-            _bind(self, key_states, value_states)
-        elif key_states.dtype != self.keys.dtype or key_states.device != self.keys.device:
-            _fit(self, key_states, value_states)
+        if batch != held and self.host_length():
+            raise ShapeError(
+                f"the cache holds a batch of {held}, and layer {self.index} was given one of "
+                f"{batch}: call reset() first, or go on with {held}. Nothing was changed"
+            )
+        _bind(self, key_states, value_states)
 
     def attach(self, batch: int) -> None:
         """Take the first rows of the handles as the tensors of the layer."""
@@ -85,13 +82,12 @@ class _InHandles(StaticLayer):  # type: ignore[misc, valid-type]
         # A view made under inference mode would refuse every later write.
         with torch.inference_mode(False), torch.no_grad():
             if self.total is None:
-                cell = state.torch()[self.index]
+                cell = _alone(state.torch()[self.index])
                 self.total = cell.view(self.cumulative_length.shape) if COUNTS else cell
             if batch not in self.rows:
-                whole = tuple(handle.torch() for handle in pair)
-                self.rows[batch] = (
-                    whole if whole[0].shape[0] == batch else tuple(w[:batch] for w in whole)
-                )
+                key, value = (_alone(handle.torch()) for handle in pair)
+                whole = key.shape[0] == batch
+                self.rows[batch] = (key, value) if whole else (key[:batch], value[:batch])
                 for tensor in (*self.rows[batch], self.total):
                     _mark_static(tensor)
             if self.index == self.store.first:
@@ -104,6 +100,7 @@ class _InHandles(StaticLayer):  # type: ignore[misc, valid-type]
         self.v_head_dim = self.values.shape[-1]
         if COUNTS:
             self.cumulative_length = self.total
+        self.signature = _signature(self.keys, self.values)
         self.is_initialized = True
 
     def reorder_cache(self, beam_idx: Any) -> None:
@@ -125,10 +122,18 @@ class _InHandles(StaticLayer):  # type: ignore[misc, valid-type]
 
     def known_length(self) -> int | None:
         """Count the tokens seen, or None where that would block."""
-        return self.host_length() if not self.is_initialized or not self.total.is_cuda else None
+        return None if self.is_initialized and self.total.device.type != "cpu" else self.host_length()
 
     def go_on(self) -> None:
         """Take over what the state says."""
+
+    def release(self) -> None:
+        """Let go of every tensor."""
+        self.keys = self.values = self.total = None
+        self.rows.clear()
+        self.is_initialized = False
+        if COUNTS:
+            self.cumulative_length = None
 
     def advance(self, tokens: int) -> None:
         """Count tokens that somebody else has written; inside a write scope."""
@@ -137,13 +142,11 @@ class _InHandles(StaticLayer):  # type: ignore[misc, valid-type]
 
 if COUNTS:
 
-    class HandleLayer(_InHandles):
+    class HandleLayer(StoredLayer):
         """A layer of full attention."""
 
-    class HandleSlidingLayer(StaticSlidingWindowLayer, _InHandles):  # type: ignore[misc, valid-type]
+    class HandleSlidingLayer(StoredLayer, StaticSlidingWindowLayer):  # type: ignore[misc, valid-type]
         """A layer that keeps the last tokens only."""
-
-        lazy_initialization = _InHandles.lazy_initialization
 
         def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
             """Write the states; see the base class."""
@@ -167,7 +170,7 @@ if COUNTS:
 
 else:
 
-    class HandleLayer(_InHandles):  # type: ignore[no-redef]
+    class HandleLayer(StoredLayer):  # type: ignore[no-redef]
         """A layer of full attention."""
 
         def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
@@ -180,10 +183,8 @@ else:
             """Count the tokens seen."""
             return self.total if self.is_initialized else 0
 
-    class HandleSlidingLayer(StaticSlidingWindowLayer, _InHandles):  # type: ignore[misc, valid-type, no-redef]
+    class HandleSlidingLayer(StoredLayer, StaticSlidingWindowLayer):  # type: ignore[misc, valid-type, no-redef]
         """A layer that keeps the last tokens only."""
-
-        lazy_initialization = _InHandles.lazy_initialization
 
         def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
             """Write the states; see the base class."""
@@ -230,24 +231,34 @@ def in_handles(layers: list[Any], max_cache_len: int) -> list[Any]:
     return made
 
 
-def _fit(layer: Any, keys: Any, values: Any) -> bool:
-    """Tell whether the layer has handles for such states; raises what `Store.require_fit` does."""
-    dtype, device = dtypes.dtype(keys.dtype), Device.of(keys)
-    fits: bool = layer.store.require_fit(layer.index, _shapes(layer, keys, values), dtype, device)
-    return fits
+def _signature(keys: Any, values: Any) -> tuple[Any, ...]:
+    """Give what must be equal for states to go into a layer's tensors."""
+    batch, heads, _, dim = keys.shape
+    return batch, heads, dim, values.shape[-1], keys.dtype, keys.device
 
 
-def _shapes(layer: Any, keys: Any, values: Any) -> dict[str, tuple[int, ...]]:
-    return {
-        part: (*states.shape[:2], layer.max_cache_len, states.shape[-1])
-        for part, states in (("key", keys), ("value", values))
-    }
+def _alone(tensor: Any) -> Any:
+    """Give the same memory as a storage of its own.
+
+    Inputs that share a storage make a compiled program look at every call whether they overlap.
+    """
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    try:
+        return torch.from_dlpack(tensor)
+    except (BufferError, RuntimeError, TypeError):  # a dtype that DLPack lacks: only slower
+        return tensor
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-def _bind(layer: Any, keys: Any, values: Any) -> None:
-    if not _fit(layer, keys, values):
-        spec = {layer.index: _shapes(layer, keys, values)}
-        layer.store.make(spec, dtypes.dtype(keys.dtype), Device.of(keys))
+def _bind(layer: StoredLayer, keys: Any, values: Any) -> None:
+    """Give a layer the tensors for a batch of states, and handles if it has none for them."""
+    dtype, device = dtypes.dtype(keys.dtype), Device.of(keys)
+    shapes = {
+        part: (*states.shape[:2], layer.max_cache_len, states.shape[-1])
+        for part, states in (("key", keys), ("value", values))
+    }
+    if not layer.store.require_fit(layer.index, shapes, dtype, device):
+        layer.store.make({layer.index: shapes}, dtype, device)
         layer.rows.clear()
     layer.attach(keys.shape[0])

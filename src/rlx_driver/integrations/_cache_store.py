@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rlx_driver import _hooks, dtypes, tree
+from rlx_driver import _hooks, tree
+from rlx_driver.backends.base import FunctionalBackend
 from rlx_driver.device import Device
 from rlx_driver.errors import ClosedHandleError, DeviceUnavailableError, DTypeError, ShapeError
 from rlx_driver.handle import HandleRegion
@@ -24,7 +25,7 @@ class Store:
     """The handles of one cache.
 
     For each layer a key and a value handle, ``NAME.0.key`` and so on, of the shape (batch, heads,
-    tokens, dim); and ``NAME.state``, int32: the tokens that each layer has seen, then the rows of
+    tokens, dim); and ``NAME.state`` of integers: the tokens that each layer has seen, then the rows of
     the batch in use. The state is a handle too, so that a file or another cache can go on with it.
 
     Parameters
@@ -144,7 +145,9 @@ class Store:
         if self.region is None:
             self.region = HandleRegion(device)
         if self.state is None:
-            cells = ((len(self.lengths) + 1,), "i32")
+            # As transformers counts; JAX owns no int64 in its default mode.
+            wide = not isinstance(self.region.backend, FunctionalBackend)
+            cells = ((len(self.lengths) + 1,), "i64" if wide else "i32")
             self.state = self.region.create({self._state_name: cells})[self._state_name]
         for index in spec:
             for handle in self.pairs[index] or ():
@@ -203,7 +206,7 @@ class Store:
                     )
                 batches.add(handle.shape[0])
         state = region[self._state_name]
-        if state.shape != (len(self.lengths) + 1,) or state.dtype != dtypes.dtype("i32"):
+        if state.shape != (len(self.lengths) + 1,) or state.dtype.kind != "i":
             raise ShapeError(
                 f"handle {state.name!r} is {state.dtype.name}{list(state.shape)} and not the state "
                 f"of a cache of {len(self.lengths)} layers: pass another name="

@@ -19,7 +19,7 @@ except ImportError as error:
 from rlx_driver import dtypes
 from rlx_driver.device import Device
 from rlx_driver.handle import HandleRegion
-from rlx_driver.integrations._cache_layers import in_handles
+from rlx_driver.integrations._cache_layers import StoredLayer, in_handles
 from rlx_driver.integrations._cache_store import Store
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class HandleCache(StaticCache):  # type: ignore[misc]
         text = _text_config(config)
         super().__init__(config, max_cache_len)
         self.layers = in_handles(self.layers, max_cache_len)
-        self._ours = [layer for layer in self.layers if hasattr(layer, "place")]
+        self._ours = [layer for layer in self.layers if isinstance(layer, StoredLayer)]
         if not self._ours:
             raise DTypeError("no layer of this model stores keys and values: it needs no cache")
         # A window that was cut to max_cache_len is one that must not slide.
@@ -110,7 +110,7 @@ class HandleCache(StaticCache):  # type: ignore[misc]
         lengths = [getattr(layer, "max_cache_len", 0) for layer in self.layers]
         self._store = Store(name, region, lengths, fixed=batch_size is not None)
         for index, layer in enumerate(self.layers):
-            if layer in self._ours:
+            if isinstance(layer, StoredLayer):
                 layer.place(self._store, index)
         if batch_size is not None:
             self._make(text, _positive(batch_size, "batch_size"), dtype)
@@ -148,9 +148,7 @@ class HandleCache(StaticCache):  # type: ignore[misc]
         """Give the handles up, and the region if it is the cache's own. Twice is fine."""
         self._store.close()
         for layer in self._ours:
-            layer.keys = layer.values = None
-            layer.is_initialized = False
-            layer.rows.clear()
+            layer.release()
 
     def __enter__(self) -> HandleCache:
         return self
@@ -193,22 +191,25 @@ class HandleCache(StaticCache):  # type: ignore[misc]
                 "the cache has no handles yet: pass batch_size, or run the model once"
             )
         self._require_room(tokens, self.length)
+        for layer in self._ours:
+            if not layer.is_initialized:
+                layer.attach(self._store.pairs[layer.index][0].shape[0])
         with self._store.writing():
             for layer in self._ours:
-                if not layer.is_initialized:
-                    layer.attach(self._store.pairs[layer.index][0].shape[0])
                 layer.advance(tokens)
         self._seen += tokens
 
     def reset(self) -> None:
         """Zero the handles and forget the tokens; addresses stay. The next batch may differ."""
-        with self._store.writing() as views:
-            for view in views:
-                view.zero_()
+        if self._store.state is not None:
+            with self._store.writing() as (*tensors, state):
+                for tensor in tensors:
+                    tensor.zero_()
+                state[:-1].zero_()  # the batch stays, as the layers do
         for layer in self.layers:
-            if layer not in self._ours:
+            if not isinstance(layer, StoredLayer):
                 layer.reset()
-            elif layer.total is not None:
+            elif layer.is_initialized:
                 layer.go_on()
         self._seen = 0
 
@@ -241,17 +242,17 @@ class HandleCache(StaticCache):  # type: ignore[misc]
         ShapeError, DTypeError, DeviceUnavailableError, ClosedHandleError
             The states do not fit. The layer is unchanged.
         """
-        if not torch.compiler.is_compiling():
-            layer = self.layers[layer_idx]
-            if layer is self._ours[0]:
-                self._prepare(key_states.shape[-2])
-                layer.match(key_states, value_states)
-                self._seen += key_states.shape[-2]
-            elif layer in self._ours:
-                layer.match(key_states, value_states)
+        layer = self.layers[layer_idx]
+        counts = layer is self._ours[0] and not torch.compiler.is_compiling()
+        if counts:
+            self._prepare(key_states.shape[-2])
+        if not torch.compiler.is_compiling() and isinstance(layer, StoredLayer):
+            layer.match(key_states, value_states)
         result: tuple[Any, Any] = super().update(
             key_states, value_states, layer_idx, *args, **kwargs
         )
+        if counts:
+            self._seen += key_states.shape[-2]
         return result
 
     def get_mask_sizes(self, query_length: Any, *args: Any, **kwargs: Any) -> tuple[int, int]:
