@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["HandleLayer", "HandleSlidingLayer", "StoredLayer", "in_handles"]
 
-StaticLayer = getattr(cache_utils, "StaticLayer", None)
-StaticSlidingWindowLayer = getattr(cache_utils, "StaticSlidingWindowLayer", None)
+StaticLayer: Any = getattr(cache_utils, "StaticLayer", None)
+StaticSlidingWindowLayer: Any = getattr(cache_utils, "StaticSlidingWindowLayer", None)
 if not hasattr(StaticLayer, "lazy_initialization") or StaticSlidingWindowLayer is None:
     import transformers
 
@@ -37,8 +37,10 @@ COUNTS = isinstance(getattr(StaticLayer(max_cache_len=1), "cumulative_length", N
 _mark_static = getattr(torch._dynamo, "mark_static_address", lambda tensor: None)
 
 
-class StoredLayer(StaticLayer):  # type: ignore[misc, valid-type]
+class StoredLayer(StaticLayer):  # type: ignore[misc]
     """What both kinds of layers do: they take their tensors from the store."""
+
+    cumulative_length: Any
 
     def place(self, store: Store, index: int) -> None:
         """Say where the layer's handles are; nothing is made yet."""
@@ -122,7 +124,9 @@ class StoredLayer(StaticLayer):  # type: ignore[misc, valid-type]
 
     def known_length(self) -> int | None:
         """Count the tokens seen, or None where that would block."""
-        return None if self.is_initialized and self.total.device.type != "cpu" else self.host_length()
+        return (
+            None if self.is_initialized and self.total.device.type != "cpu" else self.host_length()
+        )
 
     def go_on(self) -> None:
         """Take over what the state says."""
@@ -145,7 +149,7 @@ if COUNTS:
     class HandleLayer(StoredLayer):
         """A layer of full attention."""
 
-    class HandleSlidingLayer(StoredLayer, StaticSlidingWindowLayer):  # type: ignore[misc, valid-type]
+    class HandleSlidingLayer(StoredLayer, StaticSlidingWindowLayer):  # type: ignore[misc]
         """A layer that keeps the last tokens only."""
 
         def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
@@ -183,7 +187,7 @@ else:
             """Count the tokens seen."""
             return self.total if self.is_initialized else 0
 
-    class HandleSlidingLayer(StoredLayer, StaticSlidingWindowLayer):  # type: ignore[misc, valid-type, no-redef]
+    class HandleSlidingLayer(StoredLayer, StaticSlidingWindowLayer):  # type: ignore[misc, no-redef]
         """A layer that keeps the last tokens only."""
 
         def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:

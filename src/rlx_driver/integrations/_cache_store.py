@@ -1,4 +1,4 @@
-"""The handles of a key-value cache: their names in a region, how they are made, and when they fit."""
+"""The handles of a key-value cache: their names in a region, making them, whether they fit."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from rlx_driver import _hooks, tree
 from rlx_driver.backends.base import FunctionalBackend
-from rlx_driver.device import Device
 from rlx_driver.errors import ClosedHandleError, DeviceUnavailableError, DTypeError, ShapeError
 from rlx_driver.handle import HandleRegion
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from rlx_driver.device import Device
     from rlx_driver.handle import BufferHandle
     from rlx_driver.scopes import WriteScope
 
@@ -25,8 +25,9 @@ class Store:
     """The handles of one cache.
 
     For each layer a key and a value handle, ``NAME.0.key`` and so on, of the shape (batch, heads,
-    tokens, dim); and ``NAME.state`` of integers: the tokens that each layer has seen, then the rows of
-    the batch in use. The state is a handle too, so that a file or another cache can go on with it.
+    tokens, dim); and ``NAME.state`` of integers: the tokens that each layer has seen, then the
+    rows of the batch in use. The state is a handle too, so that a file or another cache can go on
+    with it.
 
     Parameters
     ----------
@@ -67,6 +68,12 @@ class Store:
         """The first layer that stores anything."""
         return next(i for i, length in enumerate(self.lengths) if length)
 
+    @property
+    def rows(self) -> int:
+        """The batch that the handles have room for; 0 without any."""
+        pair = self.pairs[self.first]
+        return 0 if pair is None else pair[0].shape[0]
+
     def require_open(self) -> None:
         """Raise when the cache was closed."""
         if self.closed:
@@ -96,7 +103,9 @@ class Store:
         for handle in handles:
             handle.torch()
 
-    def require_fit(self, index: int, shapes: Mapping[str, Any], dtype: Any, device: Device) -> bool:
+    def require_fit(
+        self, index: int, shapes: Mapping[str, Any], dtype: Any, device: Device
+    ) -> bool:
         """Tell whether a layer has handles with room for shapes (batch, heads, tokens, dim).
 
         False: there are none, or they may make room for larger ones.

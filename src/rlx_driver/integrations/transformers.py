@@ -18,12 +18,11 @@ except ImportError as error:
 
 from rlx_driver import dtypes
 from rlx_driver.device import Device
-from rlx_driver.handle import HandleRegion
 from rlx_driver.integrations._cache_layers import StoredLayer, in_handles
 from rlx_driver.integrations._cache_store import Store
 
 if TYPE_CHECKING:
-    from rlx_driver.handle import BufferHandle
+    from rlx_driver.handle import BufferHandle, HandleRegion
 
 __all__ = ["HandleCache"]
 
@@ -99,7 +98,7 @@ class HandleCache(StaticCache):  # type: ignore[misc]
         max_cache_len = _positive(max_cache_len, "max_cache_len")
         text = _text_config(config)
         super().__init__(config, max_cache_len)
-        self.layers = in_handles(self.layers, max_cache_len)
+        self.layers: list[Any] = in_handles(self.layers, max_cache_len)
         self._ours = [layer for layer in self.layers if isinstance(layer, StoredLayer)]
         if not self._ours:
             raise DTypeError("no layer of this model stores keys and values: it needs no cache")
@@ -193,7 +192,7 @@ class HandleCache(StaticCache):  # type: ignore[misc]
         self._require_room(tokens, self.length)
         for layer in self._ours:
             if not layer.is_initialized:
-                layer.attach(self._store.pairs[layer.index][0].shape[0])
+                layer.attach(self._store.rows)
         with self._store.writing():
             for layer in self._ours:
                 layer.advance(tokens)
@@ -297,12 +296,10 @@ class HandleCache(StaticCache):  # type: ignore[misc]
         stored = getattr(text, "num_key_value_heads", None) or heads
         device = Device() if self._store.region is None else self._store.region.device
         spec = {
-            layer.index: dict.fromkeys(
-                ("key", "value"), (batch, stored, layer.max_cache_len, dim)
-            )
+            layer.index: dict.fromkeys(("key", "value"), (batch, stored, layer.max_cache_len, dim))
             for layer in self._ours
         }
-        if not all([self._store.require_fit(i, each, dt, device) for i, each in spec.items()]):
+        if not all(self._store.require_fit(i, each, dt, device) for i, each in spec.items()):
             self._store.make(spec, dt, device)
 
     def _go_on(self) -> None:
@@ -311,11 +308,10 @@ class HandleCache(StaticCache):  # type: ignore[misc]
         if state is None:
             return
         batch = int(state.torch()[-1])
-        rows = self._store.pairs[self._store.first][0].shape[0]  # type: ignore[index]
-        if not 0 <= batch <= rows:
+        if not 0 <= batch <= self._store.rows:
             raise ShapeError(
-                f"handle {state.name!r} says that {batch} rows of {rows} are in use: it is not "
-                "the state of a cache"
+                f"handle {state.name!r} says that {batch} rows of {self._store.rows} are in use: "
+                "it is not the state of a cache"
             )
         if batch:
             for layer in self._ours:
