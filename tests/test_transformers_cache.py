@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import importlib.util
+import re
 import sys
 import types
 
@@ -16,6 +17,7 @@ import rlx_driver as rlx
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from example_programs import demo  # noqa: E402
 from rlx_driver.integrations import _cache_layers  # noqa: E402
 from rlx_driver.integrations.transformers import HandleCache  # noqa: E402
 from transformers_models import (  # noqa: E402
@@ -222,6 +224,8 @@ def test_compiled_decode_is_one_graph_that_stays(name):
         assert torch.equal(decode(model, forward, cache), expected)
         assert cache.length == 16
         assert in_its_handles(cache)
+        tensors = [t for each in cache.layers for t in (each.keys, each.values, each.total)]
+        assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
         if name == "llama":
             assert counted.frame_count == 1
         known = counted.frame_count
@@ -685,6 +689,24 @@ def module_store(lengths):
     from rlx_driver.integrations._cache_store import Store
 
     return Store("old", None, lengths, fixed=False)
+
+
+# --- the example ---------------------------------------------------------------------------------
+
+KEEP_NOTHING = """
+handle_cache.keep_row = lambda handles, row: handle_cache.jax.tree.map(lambda x: x + 0, handles)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.jax
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_the_example(spoilt):
+    pytest.importorskip("rich")
+    done = demo(name="handle_cache", before=KEEP_NOTHING if spoilt else "")
+    lines = [line[:4] for line in done.stdout.splitlines() if re.match("ok|FAIL", line)]
+    assert lines == ["ok  ", "FAIL" if spoilt else "ok  ", "ok  ", "ok  ", "ok  "], done.stderr
+    assert done.returncode == spoilt
 
 
 # --- CUDA ----------------------------------------------------------------------------------------

@@ -66,8 +66,8 @@ class HandleCache(StaticCache):  # type: ignore[misc]
 
     Notes
     -----
-    A forward pass checks batch, dtype, device and room before any byte changes. On a GPU a program
-    compiled by the user runs past the check of the room.
+    A forward pass checks batch, dtype, device and room before any byte changes. On a GPU the tokens
+    of compiled forward passes are counted at the next prefill, and not before.
 
     Examples
     --------
@@ -278,6 +278,8 @@ class HandleCache(StaticCache):  # type: ignore[misc]
         self._store.order()
         if self._capacity is not None:
             known = self._ours[0].known_length()
+            if known is None and tokens > 1 and not torch.cuda.is_current_stream_capturing():
+                known = self.length  # a prefill is worth the wait; generate asks before it, too
             self._require_room(tokens, self._seen if known is None else known)
 
     def _require_room(self, tokens: int, length: int) -> None:
