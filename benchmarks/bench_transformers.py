@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import rlx_driver as rlx
@@ -49,7 +50,10 @@ def model_of(size: str, device: str, dtype: torch.dtype) -> LlamaForCausalLM:
 
 
 def in_turns(*calls: Callable[[], object], turns: int, device: str) -> list[list[float]]:
-    """Time calls one after the other, in both orders, so that none is always first."""
+    """Time calls one after the other, in both orders, so that none is always first.
+
+    Many short calls: on a busy machine a short one is more often undisturbed.
+    """
     seconds: list[list[float]] = [[] for _ in calls]
     for turn in range(turns):
         order = range(len(calls)) if turn % 2 else reversed(range(len(calls)))
@@ -64,8 +68,9 @@ def in_turns(*calls: Callable[[], object], turns: int, device: str) -> list[list
 
 
 def run(
-    device: str = "cpu", size: str = "small", batch: int = 2, tokens: int = 128, turns: int = 16
+    device: str = "cpu", size: str = "small", batch: int = 2, tokens: int = 24, turns: int = 60
 ) -> list[Row]:
+    torch.set_num_threads(1)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model = model_of(size, device, dtype)
     prompt = torch.randint(1, 1000, (batch, 64), device=device)
@@ -109,13 +114,14 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--turns", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--turns", type=int, default=60)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     given = parser.parse_args()
     rows = run(given.device, given.size, given.batch, given.tokens, given.turns)
     label = f"{given.device}-transformers"
-    print(report(label, rows, machine(given.device), given.out))
+    facts = machine(given.device) | {"transformers": transformers.__version__}
+    print(report(label, rows, facts, given.out))
 
 
 if __name__ == "__main__":
