@@ -91,7 +91,7 @@ def test_reset_and_other_batches_stay_at_their_addresses(name):
             assert in_its_handles(cache)
             cache.reset()
         held = contents(cache)
-        assert held.pop("cache.state").tolist() == [0, 0, 4]
+        assert held.pop("cache.state")[:, 0].tolist() == [0, 0, 4]
         assert len(held) == 4
         assert not any(each.any() for each in held.values())
 
@@ -226,6 +226,7 @@ def test_compiled_decode_is_one_graph_that_stays(name):
         assert in_its_handles(cache)
         tensors = [t for each in cache.layers for t in (each.keys, each.values, each.total)]
         assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
+        assert all(t.data_ptr() % 16 == 0 for t in tensors)
         if name == "llama":
             assert counted.frame_count == 1
         known = counted.frame_count
@@ -345,7 +346,7 @@ def test_jax_appends_between_two_calls(name):
         assert cache.length == 14
         assert torch.equal(generate(model, prompt, cache), expected)
         assert cache.length == 31
-        assert cache.region["cache.state"].numpy().tolist() == [31, 31, 2]
+        assert cache.region["cache.state"].numpy()[:, 0].tolist() == [31, 31, 2]
 
 
 @pytest.mark.jax
@@ -411,7 +412,7 @@ def test_the_report_shows_it_and_close_gives_it_back():
         with HandleCache(model.config, LENGTH, batch_size=2) as cache:
             generate(model, prompt_of(2, 6), cache, new=2)
             needed = 2 * 2 * (2 * 2 * LENGTH * 8) * 4
-            assert cache.region.byte_size == needed + 3 * 8
+            assert cache.region.byte_size == needed + 3 * 16
             assert rlx.Device("cpu").memory().in_use - in_use >= needed
             assert "cache.1.value" in str(rlx.memory_report())
         assert cache.is_closed
@@ -587,7 +588,7 @@ def test_regions_that_hold_something_else():
         region = rlx.HandleRegion("cpu")
         shape = (2, 2, LENGTH, 8)
         spec = {f"cache.{i}.{part}": shape for i in range(2) for part in ("key", "value")}
-        spec = {name: (s, "f32") for name, s in spec.items()} | {"cache.state": ((3,), "i64")}
+        spec = {name: (s, "f32") for name, s in spec.items()} | {"cache.state": ((3, 2), "i64")}
         for name, entry in changes.items():
             spec[f"cache.{name.replace('_', '.')}"] = entry
         region.create({name: entry for name, entry in spec.items() if entry is not None})
@@ -601,13 +602,13 @@ def test_regions_that_hold_something_else():
         ({"1_value": ((2, 2, 9, 8), "f32")}, "max_cache_len"),
         ({"1_value": ((2, 9), "f32")}, "max_cache_len"),
         ({"1_value": ((3, 2, LENGTH, 8), "f32")}, r"\[2, 3\]"),
-        ({"state": ((3,), "f32")}, "not the state"),
+        ({"state": ((3, 2), "f32")}, "not the state"),
     ]
     for changes, match in bad:
         with pytest.raises(rlx.ShapeError, match=match):
             HandleCache(config, LENGTH, fill(**changes))
     region = fill()
-    region["cache.state"].numpy()[2] = 7
+    region["cache.state"].numpy()[2, 0] = 7
     with pytest.raises(rlx.ShapeError, match="7 rows of 2"):
         HandleCache(config, LENGTH, region)
 
@@ -681,7 +682,7 @@ def test_layers_that_do_not_count(monkeypatch):
         layer.total.zero_()
         layer.go_on()
         assert layer.host_length() == 0
-    assert store.state.numpy()[2] == 2
+    assert store.state.numpy()[2, 0] == 2
     store.close()
 
 

@@ -84,7 +84,7 @@ class StoredLayer(StaticLayer):  # type: ignore[misc]
         # A view made under inference mode would refuse every later write.
         with torch.inference_mode(False), torch.no_grad():
             if self.total is None:
-                cell = _alone(state.torch()[self.index])
+                cell = _alone(state.torch()[self.index, 0])
                 self.total = cell.view(self.cumulative_length.shape) if COUNTS else cell
             if batch not in self.rows:
                 key, value = (_alone(handle.torch()) for handle in pair)
@@ -93,7 +93,7 @@ class StoredLayer(StaticLayer):  # type: ignore[misc]
                 for tensor in (*self.rows[batch], self.total):
                     _mark_static(tensor)
             if self.index == self.store.first:
-                state.torch()[-1].fill_(batch)
+                state.torch()[-1, 0].fill_(batch)
         self.keys, self.values = self.rows[batch]
         self.dtype, self.device = self.keys.dtype, self.keys.device
         self.num_heads = self.keys.shape[1]

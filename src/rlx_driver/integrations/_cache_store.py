@@ -25,9 +25,9 @@ class Store:
     """The handles of one cache.
 
     For each layer a key and a value handle, ``NAME.0.key`` and so on, of the shape (batch, heads,
-    tokens, dim); and ``NAME.state`` of integers: the tokens that each layer has seen, then the
-    rows of the batch in use. The state is a handle too, so that a file or another cache can go on
-    with it.
+    tokens, dim); and ``NAME.state``, integers whose first column says how many tokens each layer
+    has seen, and at last how many rows the batch in use has. The state is a handle too, so that a
+    file or another cache can go on with it.
 
     Parameters
     ----------
@@ -156,7 +156,9 @@ class Store:
         if self.state is None:
             # As transformers counts; JAX owns no int64 in its default mode.
             wide = not isinstance(self.region.backend, FunctionalBackend)
-            cells = ((len(self.lengths) + 1,), "i64" if wide else "i32")
+            # A cell begins every 16 bytes: compiled programs copy inputs that are aligned to less.
+            width, dt = (2, "i64") if wide else (4, "i32")
+            cells = ((len(self.lengths) + 1, width), dt)
             self.state = self.region.create({self._state_name: cells})[self._state_name]
         for index in spec:
             for handle in self.pairs[index] or ():
@@ -215,7 +217,7 @@ class Store:
                     )
                 batches.add(handle.shape[0])
         state = region[self._state_name]
-        if state.shape != (len(self.lengths) + 1,) or state.dtype.kind != "i":
+        if state.ndim != 2 or len(state) != len(self.lengths) + 1 or state.dtype.kind != "i":
             raise ShapeError(
                 f"handle {state.name!r} is {state.dtype.name}{list(state.shape)} and not the state "
                 f"of a cache of {len(self.lengths)} layers: pass another name="

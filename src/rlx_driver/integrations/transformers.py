@@ -309,7 +309,7 @@ class HandleCache(StaticCache):  # type: ignore[misc]
         state = self._store.state
         if state is None:
             return
-        batch = int(state.torch()[-1])
+        batch = int(state.torch()[-1, 0])
         if not 0 <= batch <= self._store.rows:
             raise ShapeError(
                 f"handle {state.name!r} says that {batch} rows of {self._store.rows} are in use: "
