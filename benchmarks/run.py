@@ -21,6 +21,7 @@ SUITES = {
         "typed_io",
         "snapshot",
         "training",
+        "transformers",
     ),
     "cuda": ("cuda", "order", "cuda_typed_io"),
     "plan": ("plan",),
