@@ -1105,7 +1105,11 @@ def test_order_with_views_that_are_held(session, way):
         assert (held == value).all()
 
 
-@pytest.mark.parametrize("private", [None, lambda on: None, torch.manual_seed], ids=str)
+@pytest.mark.parametrize(
+    "private",
+    [None, lambda on: None, torch.manual_seed],
+    ids=["missing", "idle", "another"],
+)
 def test_no_graph_is_recorded_whatever_torch_offers(private):
     from rlx_driver.backends._torch_grad import probe_no_grad
 
