@@ -60,7 +60,7 @@ def jax_call(
     Raises
     ------
     DTypeError
-        The framework has not that dtype, or `state` is no array. While tracing: nothing was changed.
+        The framework has not that dtype, or `state` is no array. Nothing was changed.
     ShapeError
         There is no array in `state`. Nothing was changed.
     StaleViewError

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,6 +26,9 @@ from rlx_driver.errors import (
 from rlx_driver.integrations._jax_call_arrays import array_of, on_stream_of, run
 from rlx_driver.registry import registry
 from rlx_driver.tree import update
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["call", "works_in_place"]
 
@@ -56,9 +58,9 @@ def call(
         for leaf in (*leaves, *inputs):
             if isinstance(leaf, Buffer):
                 raise StaleViewError(
-                    f"{leaf._access.label} was given to jax_call inside a JAX trace, where a Buffer "
-                    "has no value yet: let update pass it to the step, and give jax_call the "
-                    "traced array. Nothing was changed"
+                    f"{leaf._access.label} was given to jax_call inside a JAX trace, where a "
+                    "Buffer has no value yet: let update pass it to the step, and give "
+                    "jax_call the traced array. Nothing was changed"
                 )
     elif buffers and len(buffers) == len(leaves):
         _update_buffers(fn, state, inputs, rest, target)
@@ -92,7 +94,7 @@ class _Call(NamedTuple):
 
     def traced(self, count: int) -> Callable[..., list[Any]]:
         """Give the operation on flat arrays, `count` of them the state."""
-        # Arrays are taken out: the program keeps this object, and a tracer must not outlive a trace.
+        # Without arrays: the program keeps this object, and a tracer must not outlive its trace.
         static = self._replace(inputs=[_HOLE if _is_array(x) else x for x in self.inputs])
         in_place = _sees_default_platform(self.target) and works_in_place(_default_platform())
         return functools.partial(_in_place if in_place else _by_copies, static, count)
@@ -213,26 +215,26 @@ def _sees_default_platform(target: Backend) -> bool:
 
 def _without_transforms(operation: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     """Refuse derivatives and batches by our own errors, also where a jitted function hides it."""
-    batched = jax.custom_batching.custom_vmap(operation)
+    batched: Any = jax.custom_batching.custom_vmap(operation)
 
-    @batched.def_vmap
     def _refuse_batches(*_: Any) -> Any:
         raise TransformError(
-            "jax.vmap meets a jax_call, whose function takes arrays as they are: write the function "
-            "for the batched array and call it outside of vmap, or loop with jax.lax.map. Nothing "
-            "was changed"
+            "jax.vmap meets a jax_call, whose function takes arrays as they are: write the "
+            "function for the batched array and call it outside of vmap, or loop with "
+            "jax.lax.map. Nothing was changed"
         )
 
-    guarded = jax.custom_jvp(batched)
+    batched.def_vmap(_refuse_batches)
+    guarded: Any = jax.custom_jvp(batched)
 
-    @guarded.defjvp
     def _refuse_derivatives(*_: Any) -> Any:
         raise TransformError(
             "a derivative was asked of a jax_call, whose function JAX cannot see into: put it "
-            "inside a function with jax.custom_vjp that gives the gradient, or jax.lax.stop_gradient "
-            "around its arguments. Nothing was changed"
+            "inside a function with jax.custom_vjp that gives the gradient, or "
+            "jax.lax.stop_gradient around its arguments. Nothing was changed"
         )
 
+    guarded.defjvp(_refuse_derivatives)
     return guarded  # type: ignore[no-any-return]
 
 

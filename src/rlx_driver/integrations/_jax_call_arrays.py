@@ -31,7 +31,6 @@ def array_of(buffer: Any, target: Backend, *, writable: bool) -> Any:
                 "default device is the CPU: use framework='torch', or make the GPU the default "
                 "one while tracing"
             )
-        # The capsule is unversioned, without a flag, and the memory is the program's own.
         return dlpack.as_numpy(buffer, writable=writable)
     import torch
 
@@ -40,8 +39,9 @@ def array_of(buffer: Any, target: Backend, *, writable: bool) -> Any:
     except (BufferError, RuntimeError, TypeError):
         if buffer.__dlpack_device__()[0] not in dlpack.HOST_DEVICE_TYPES:
             raise
-        # A torch that does not import this narrow float: by way of its bytes.
-        array = dlpack.as_numpy(buffer, writable=True)
+        # A torch that does not import this narrow float: by way of its bytes, in an unversioned
+        # capsule, since torch has no read-only tensors and a versioned one flags the inputs.
+        array = dlpack.as_numpy(buffer.__dlpack__(), writable=True)
         return target.share(array, registry.get("numpy").facts(array))
 
 
