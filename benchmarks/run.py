@@ -22,6 +22,7 @@ SUITES = {
         "snapshot",
         "training",
         "transformers",
+        "jax_call",
     ),
     "cuda": ("cuda", "order", "cuda_typed_io"),
     "plan": ("plan",),

@@ -7,6 +7,7 @@ compilation. torch and JAX are imported the first time something asks for them, 
 from rlx_driver._checking import check_as_asked as _check_as_asked
 from rlx_driver._checking import checking
 from rlx_driver._exchange import Explanation, exchange, explain
+from rlx_driver._jax_call import jax_call
 from rlx_driver._ledger import ledger, no_copies
 from rlx_driver._memory import no_leaks, trace_memory
 from rlx_driver._memory_report import memory_report, reset_peak_memory
@@ -39,6 +40,7 @@ from rlx_driver.errors import (
     SnapshotError,
     StaleViewError,
     StreamError,
+    TransformError,
     UnboundNameError,
     UnknownFrameworkError,
     UpdateFailedError,
@@ -115,6 +117,7 @@ __all__ = [
     "StreamError",
     "SyncStream",
     "TorchStream",
+    "TransformError",
     "UnboundNameError",
     "UnknownFrameworkError",
     "UpdateFailedError",
@@ -129,6 +132,8 @@ __all__ = [
     "explain",
     "intervals_from_fx",
     "intervals_from_jaxpr",
+    # torch and NumPy inside JAX programs
+    "jax_call",
     "ledger",
     "memory_report",
     "no_copies",

@@ -33,6 +33,7 @@ __all__ = [
     "SnapshotError",
     "StaleViewError",
     "StreamError",
+    "TransformError",
     "UnboundNameError",
     "UnknownFrameworkError",
     "UpdateFailedError",
@@ -123,6 +124,10 @@ class StreamError(DriverError, RuntimeError):
 
 class CaptureError(StreamError):
     """Work was asked for that a graph cannot record, or a graph that was never finished."""
+
+
+class TransformError(DriverError, NotImplementedError):
+    """A transform of JAX (a derivative, a batch) was asked of a call that has no rule for it."""
 
 
 class UnboundNameError(DriverError, KeyError):
