@@ -19,6 +19,7 @@ SUITES = {
         "memory",
         "typed_io",
         "snapshot",
+        "minilm",
     ),
     "cuda": ("cuda", "order", "cuda_typed_io"),
     "plan": ("plan",),

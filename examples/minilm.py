@@ -55,7 +55,7 @@ class Config:
 
     @property
     def names(self) -> list[str]:
-        """Names of the weights that `embed` reads; the file also has a pooler, which it does not."""
+        """Names of the weights that `embed` reads; a pooler in the file is left alone."""
         embeddings = ("word_embeddings", "position_embeddings", "token_type_embeddings")
         names = [f"embeddings.{table}.weight" for table in embeddings]
         parts = ["embeddings.LayerNorm"]
@@ -112,9 +112,7 @@ def read_config(folder: Path) -> Config:
     kind = (found["model_type"], found["hidden_act"], found["position_embedding_type"])
     if kind != ("bert", "gelu", "absolute"):
         raise ValueError(f"{folder} holds {kind}, and this encoder is a bert, gelu, absolute")
-    return Config(
-        found["num_hidden_layers"], found["num_attention_heads"], found["layer_norm_eps"]
-    )
+    return Config(found["num_hidden_layers"], found["num_attention_heads"], found["layer_norm_eps"])
 
 
 def tokenize(folder: Path, sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
