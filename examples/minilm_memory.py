@@ -143,7 +143,7 @@ def own_weights(framework: str, path: Path) -> dict[str, Any]:
         from safetensors.flax import load_file
     else:
         from safetensors.numpy import load_file
-    return load_file(str(path))  # type: ignore[no-any-return]
+    return load_file(str(path))
 
 
 def main(argv: Sequence[str]) -> None:

@@ -80,12 +80,18 @@ def test_numpy_alone_is_enough():
     assert "(not compared with BertModel: torch is not installed)" in done.stdout
 
 
+ANOTHER_GELU = """
+three = minilm_three_ways
+three.ROUNDS = 1
+three.minilm.erf = lambda x: three.np.tanh(1.128 * x)
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.torch
 def test_a_wrong_encoder_is_told_by_bert():
     pytest.importorskip("transformers")
-    spoil = "minilm_three_ways.ROUNDS = 1; minilm_three_ways.minilm.erf = lambda x: minilm_three_ways.np.tanh(1.128 * x)"
-    done = demo("--frameworks", "numpy", name=NAME, before=spoil)
+    done = demo("--frameworks", "numpy", name=NAME, before=ANOTHER_GELU)
     assert done.returncode == 1, done.stdout + done.stderr
     assert checks(done)[BERT] is False
     assert all(checks(done)[text] for text in BASIC)
@@ -100,7 +106,9 @@ def load_twice(folder, device):
     kept.append(load(folder, device))
     return load(folder, device)
 three.load = load_twice
-three.run = lambda model, framework, *text: run(model, framework, *text) + 2e-5 * (framework == 'numpy')
+def run_otherwise(model, framework, *text):
+    return run(model, framework, *text) + (2e-5 if framework == "numpy" else 0)
+three.run = run_otherwise
 three.addresses = lambda handle, names: {n: a + 64 for n, a in seen(handle, names).items()}
 """
 
