@@ -23,6 +23,7 @@ SUITES = {
         "training",
         "transformers",
         "jax_call",
+        "minilm",
     ),
     "cuda": ("cuda", "order", "cuda_typed_io"),
     "plan": ("plan",),
