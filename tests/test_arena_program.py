@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import rlx_driver as rlx
+from rlx_driver.backends.numpy import array_at
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
@@ -244,7 +245,8 @@ def test_a_debug_arena_notices_an_operator_that_leaves_its_slot(arena_program):
 
         def too_far():
             call()
-            torch.as_strided(tensor, (tensor.numel() + 1,), (1,))[-1] = 3.0
+            end = tensor.data_ptr() + tensor.nbytes
+            array_at(end, (4,), np.dtype(np.uint8), arena)[:] = 3
 
         program._calls[0] = (step, too_far)
         with pytest.raises(rlx.ArenaCorruptionError, match="exp"):

@@ -104,6 +104,43 @@ def test_a_debug_arena_finds_no_fault_with_accesses_by_the_driver(plan, data):
         arena.check()
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(plan=plans(), data=st.data())
+def test_scopes_stand_in_the_way_of_their_own_block_only(plan, data):
+    """In a debug arena too, whatever it looks at and poisons meanwhile."""
+    with Arena(plan, debug=True) as arena:
+        steps = range(max(plan.lasts, default=0) + 1)
+        with contextlib.ExitStack() as scopes:
+            held = {}  # discipline: how it is held
+            for step in steps:
+                arena.advance(step)
+                alive = [n for n in plan.nodes if plan.life(n)[0] <= step <= plan.life(n)[1]]
+                for node in data.draw(
+                    st.lists(st.sampled_from(alive), max_size=4) if alive else st.just([])
+                ):
+                    slot = arena.buffer(node)
+                    how = held.get(slot._access)
+                    act = data.draw(
+                        st.sampled_from(["hold to read", "hold to write", "read", "write"])
+                    )
+                    reads = act in ("hold to read", "read")
+                    fits = how is None or (how == "read" and reads)
+                    with contextlib.nullcontext() if fits else pytest.raises(rlx.StaleViewError):
+                        if act == "read":
+                            arena.read(node)
+                        elif act == "write":
+                            arena[node] = step
+                        elif reads:
+                            scopes.enter_context(slot.read("numpy"))
+                        else:
+                            scopes.enter_context(slot.write("numpy"))[:] = step
+                    if fits and act.startswith("hold"):
+                        held[slot._access] = "read" if reads else "write"
+                arena.check()
+        arena.check()
+        assert not arena._inspector._late
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(plan=plans(), data=st.data())
 def test_a_debug_arena_finds_every_write_behind_a_slot(plan, data):

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlx_driver._fence import fence
-from rlx_driver._locks import acquire, release
+from rlx_driver._arena_look import looking, overwriting, owners_of
 from rlx_driver._races import here
-from rlx_driver.errors import ArenaCorruptionError, StaleViewError
+from rlx_driver.errors import ArenaCorruptionError, CaptureError, StaleViewError
 from rlx_driver.plan import MemoryPlan, plan_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Collection, Hashable, Iterator
 
+    from rlx_driver._arena_look import Run
     from rlx_driver._arena_memory import Memory
+    from rlx_driver.access import Access
 
 __all__ = ["MARGIN", "Inspector", "guarded"]
 
@@ -52,13 +54,18 @@ def _has_guard(interval: Any) -> bool:
 
 
 class Inspector:
-    """Knows of every byte of an arena who may write it, and looks whether somebody else did."""
+    """Knows of every byte of an arena who may write it, and looks whether somebody else did.
+
+    It never waits for a scope: what is held meanwhile it looks at, or poisons, the next time.
+    """
 
     def __init__(self, plan: MemoryPlan, memory: Memory, label: str) -> None:
         self._plan = plan
         self._memory = memory
         self._label = label
+        self._lock = threading.RLock()  # held while trying for accesses, never while waiting
         self._step: int | None = None
+        self._late: list[Run] = []  # not poisoned yet, so not watched either
         self._seen: dict[Hashable, str] = {}
         self._roots = [
             node
@@ -66,7 +73,7 @@ class Inspector:
             if plan.interval(node).alias_of is None and plan.interval(node).size
         ]
         self._map = self._owners(None)
-        self._fill(self._quiet(), np.ones(self._map.size, bool))
+        self._fill([(0, self._map.size)], frozenset())
 
     # --- what the program says
 
@@ -85,37 +92,76 @@ class Inspector:
 
     def advance(self, step: int) -> None:
         """Poison what is dead at a step, and watch it."""
-        self.check()
-        before, last = self._map, self._step
-        self._map, self._step = self._owners(step), step
-        changed = (self._map != _LIVE) & (self._map != before)
-        if last is not None:  # before that, everything was anybody's and may hold an input
-            for root in self._roots:
-                if self._lives(root, step) and not self._lives(root, last):
-                    start = self._memory.margin + self._plan.offset(root)
-                    changed[start : start + self._plan.interval(root).size] = True
-        self._fill(self._quiet(), changed)
+        access = self._memory.whole()._access
+        access.require_open()  # first: in a forked child nobody unlocks
+        if access.is_recording():
+            raise CaptureError(
+                f"{self._label} is a debug arena and was to poison slots inside a capture, where "
+                "the host copies nothing: capture the program in an arena without debug=True. "
+                "Nothing was changed"
+            )
+        with self._lock:
+            self.check()
+            before, last = self._map, self._step
+            self._map, self._step = self._owners(step), step
+            changed = (self._map != _LIVE) & (self._map != before)
+            for start, end in self._late:
+                changed[start:end] |= self._map[start:end] != _LIVE
+            if last is not None:  # before that, everything was anybody's and may hold an input
+                for root in self._roots:
+                    if self._lives(root, step) and not self._lives(root, last):
+                        start = self._memory.margin + self._plan.offset(root)
+                        changed[start : start + self._plan.interval(root).size] = True
+            self._late = []
+            self._fill(list(_runs(changed)), frozenset())
 
-    def check(self) -> None:
-        """Raise when a byte has changed that nobody was to write; put it right again."""
-        block = self._memory.whole()
-        backend = self._memory.backend
-        with block.read(backend.name) as native:
-            found = backend.copy_out(native)
-        wrong = (self._map != _LIVE) & (found != self._quiet())
-        if not wrong.any():
-            return
-        runs = list(_runs(wrong))
-        lines = [f"  {self._told(start, end)}" for start, end in runs[:_SHOWN]]
-        if len(runs) > _SHOWN:
-            lines.append(f"  and {len(runs) - _SHOWN} more places")
-        self._fill(self._quiet(), wrong)
-        when = "" if self._step is None else f" (step {self._step})"
+    def check(self, held: Collection[Access] = ()) -> None:
+        """Raise when a byte has changed that nobody was to write; put it right again.
+
+        Parameters
+        ----------
+        held
+            Accesses that the caller has for writing.
+        """
+        self._memory.whole()._access.require_open()  # first, as in `advance`
+        held = frozenset(held)
+        with self._lock:
+            self._catch_up(held)
+            runs = self._changed(held)
+            if not runs:
+                return
+            lines = [f"  {self._told(start, end)}" for start, end in runs[:_SHOWN]]
+            if len(runs) > _SHOWN:
+                lines.append(f"  and {len(runs) - _SHOWN} more places")
+            when = "" if self._step is None else f" (step {self._step})"
+            self._fill(runs, held)
         raise ArenaCorruptionError(
             f"{self._label} was written where nobody was to write{when}:\n" + "\n".join(lines)
         )
 
     # --- inside
+
+    def _changed(self, held: Collection[Access]) -> list[Run]:
+        """Look; give the stretches of bytes that somebody wrote and nobody was to write."""
+        whole = self._memory.whole()
+        with looking(self._memory, held) as busy:
+            if busy is None:
+                return []
+            found = self._memory.backend.copy_out(whole._native)
+        wrong = (self._map != _LIVE) & (found != self._quiet())
+        for start, end in (*busy, *self._late):
+            wrong[start:end] = False
+        return list(_runs(wrong)) if wrong.any() else []
+
+    def _catch_up(self, held: Collection[Access]) -> None:
+        """Poison what was held at its time and is free by now, unless it lives again."""
+        if not self._late or self._memory.whole()._access.is_recording():
+            return
+        dead = np.zeros(self._map.size, bool)
+        for start, end in self._late:
+            dead[start:end] = self._map[start:end] != _LIVE
+        self._late = []
+        self._fill(list(_runs(dead)), held)
 
     def _quiet(self) -> Bytes:
         """Give the bytes of an arena that nobody has written since it was filled."""
@@ -140,33 +186,27 @@ class Inspector:
         first, last = self._plan.life(root)
         return first <= step <= last
 
-    def _fill(self, values: Bytes, where: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
-        """Write bytes behind the back of the live slots, whose JAX arrays stay alive."""
-        runs = list(_runs(where))
+    def _fill(self, runs: list[Run], held: Collection[Access]) -> None:
+        """Make bytes what they are while nobody writes them; those that are held come late.
+
+        It goes behind the back of the live slots, whose JAX arrays stay alive and whose tensors
+        stay as good for autograd.
+        """
         if not runs:
             return
-        block = self._memory.whole()
-        access, backend = block._access, self._memory.backend
-        acquire([access])
+        memory, values = self._memory, self._quiet()
+        backend, native = memory.backend, memory.whole()._native
+        rest = owners_of(memory, runs)
         try:
-            fence(
-                [access],
-                keep=[lease for lease in access.leases.values() if not self._touches(lease, runs)],
-            )
-            access.settle()
-            native = block._native
-            for start, end in runs:
-                backend.copy_in(backend.index(native, slice(start, end)), values[start:end])
-            access.after_native()
+            for access, parts in list(rest.items()):
+                with overwriting(memory, access, parts, held) as is_free:
+                    if is_free:
+                        for start, end in parts:
+                            target = backend.index(native, slice(start, end))
+                            backend.copy_in(target, values[start:end])
+                        del rest[access]
         finally:
-            release([access])
-
-    def _touches(self, lease: Any, runs: list[tuple[int, int]]) -> bool:
-        if lease.array is None or lease.is_dead(lease.array):
-            return False
-        start = lease.address - self._memory.address + self._memory.margin
-        end = start + int(lease.array.nbytes)
-        return any(low < end and start < high for low, high in runs)
+            self._late += [run for parts in rest.values() for run in parts]
 
     def _told(self, start: int, end: int) -> str:
         """Say whose bytes were written, and who may have done it."""

@@ -88,6 +88,8 @@ class LifeMixin:
 
     def _renew(self, asked: MemoryPlan | None) -> None:
         with self._alone() as (memory, taken):
+            if self._inspector is not None:  # once more, for now nobody is in a scope
+                self._inspector.check(taken)
             if asked is not None:
                 plan = guarded(asked) if self._debug else asked
             else:
@@ -138,10 +140,14 @@ class LifeMixin:
             self._look()
         finally:
             with suppress(ClosedHandleError), self._alone() as (memory, taken):
-                memory.close(taken)
-                self._memory = self._inspector = None
-                self._buffers = {}
-                self._views = {}
+                try:
+                    if self._inspector is not None:  # once more, for now nobody is in a scope
+                        self._inspector.check(taken)
+                finally:
+                    memory.close(taken)
+                    self._memory = self._inspector = None
+                    self._buffers = {}
+                    self._views = {}
             if _hooks.checker is not None:
                 _hooks.checker.announce()  # may raise, as warnings do where they are errors
 

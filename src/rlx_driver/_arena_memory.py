@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 __all__ = ["Memory", "make_memory"]
 
 _BYTE = np.dtype(np.uint8)
+_WHOLE = -1
+"""The block of a debug arena that is all of its memory."""
 
 
 def make_memory(
@@ -119,10 +121,7 @@ class Memory:
         # What fills the memory may still be on its way, on the stream of now.
         self._born = backend.order(device, native)
         self._end: str | None = None
-        if margin:
-            self._starts, self._ends, self._alone = [-margin], [plan.size + margin], [-1]
-        else:
-            self._starts, self._ends, self._alone = disjoint_blocks(plan)
+        self._starts, self._ends, self._alone = disjoint_blocks(plan)
         self._nodes = plan.nodes
         self._bases: dict[int, Buffer] = {}
         self._raw: dict[tuple[int, int], Buffer] = {}
@@ -167,14 +166,28 @@ class Memory:
         return known.get(name) or (lambda: buffer.array(name))
 
     def whole(self) -> Buffer:
-        """Give the only block of memory with a margin."""
-        return self._base(0)
+        """Give all bytes, margins included, as one block more, which is for debug arenas only."""
+        made = self._bases.get(_WHOLE)  # without the lock, which a save may hold for long
+        return made or self._made(_WHOLE, -self.margin, self._plan.size + self.margin)
+
+    def used_blocks(self) -> list[tuple[int, int, Access]]:
+        """List the blocks that somebody has asked for, as places in `whole`: starts, ends."""
+        return [
+            (start, end, base._access)
+            for block, base in list(self._bases.items())
+            if block != _WHOLE
+            and (start := self._starts[block] + self.margin)
+            < (end := self._ends[block] + self.margin)
+        ]
 
     def _facts_of(self, offset: int, dt: np.dtype[Any], shape: tuple[int, ...]) -> ArrayFacts:
         strides = row_major_strides(shape, dt.itemsize)
         return ArrayFacts(self.address + offset, shape, strides, dt, self._device)
 
     def _base(self, block: int) -> Buffer:
+        return self._made(block, self._starts[block], self._ends[block])
+
+    def _made(self, block: int, start: int, end: int) -> Buffer:
         with self.lock:
             base = self._bases.get(block)
             if base is None:
@@ -182,15 +195,14 @@ class Memory:
                 require_own_process(self._label, self._process)
                 if self._born.recording() is None:
                     self._born.before_native(_nothing, None, writes=False)
-                start, end = self._starts[block], self._ends[block]
                 native = self.backend.view(self._native, self._shift + start, (end - start,), _BYTE)
-                base = Buffer._adopt(native, self.backend, self._name(block))
+                base = Buffer._adopt(native, self.backend, self._name(block, start, end))
                 base._access.keeper = self._label
                 self._bases[block] = base
             return base
 
-    def _name(self, block: int) -> str:
-        row, start, end = self._alone[block], self._starts[block], self._ends[block]
+    def _name(self, block: int, start: int, end: int) -> str:
+        row = -1 if block == _WHOLE else self._alone[block]
         if row >= 0:
             return f"slot {name_of(self._nodes[row])} of {self._label}"
         return f"memory at bytes {start:,} to {end:,} of {self._label}"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from rlx_driver._arena_blocks import name_of
 from rlx_driver._arena_debug import MARGIN, Inspector, guarded
 from rlx_driver._arena_io import InOutMixin
 from rlx_driver._arena_life import LifeMixin, require_plan
@@ -12,7 +15,7 @@ from rlx_driver._memory import Contents, Pool, Slot, register
 from rlx_driver._snapshot_arena import ArenaFiles
 from rlx_driver.backends.base import accounting
 from rlx_driver.device import Device
-from rlx_driver.errors import ClosedHandleError, DTypeError
+from rlx_driver.errors import ClosedHandleError, DTypeError, PlanError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
@@ -46,7 +49,7 @@ class Arena(LifeMixin, InOutMixin, ArenaFiles):
     debug
         Lay guard bytes around the slots, poison slots when their life ends (see `advance`), and
         look at both at every copy by the arena. Costs twice the memory, seven times it on the host
-        while it looks, and time. All slots then share one discipline.
+        while it looks, and time.
 
     Raises
     ------
@@ -300,22 +303,34 @@ class Arena(LifeMixin, InOutMixin, ArenaFiles):
 
         Slots whose life is over are filled with 0xff (not a number, in every float) and watched:
         whoever writes there is reported. From then on a node is accessible during its life only. A
-        step before the last one begins a new run.
+        step before the last one begins a new run. Never waits for a scope: what one holds, of this
+        thread or another, is filled at the first look after it has ended.
 
         Raises
         ------
+        PlanError
+            `step` is no integer. Nothing was changed.
         ArenaCorruptionError
             As for `check`.
+        CaptureError
+            In a debug arena, while a CUDA graph is captured. Nothing was changed.
         """
         self._open()
+        if isinstance(step, bool) or not isinstance(step, int | np.integer):
+            raise PlanError(
+                f"{self._label} was to advance to step {name_of(step)}, a "
+                f"{type(step).__qualname__}: give an integer, as in the intervals of its plan. "
+                "Nothing was changed"
+            )
         if self._inspector is not None:
-            self._inspector.advance(step)
+            self._inspector.advance(int(step))
 
     def check(self) -> None:
         """Look, in a debug arena, whether anybody wrote where nobody was to write.
 
         Every copy by the arena does so too, and `advance`, `reset`, `replan` and `close`. Copies
-        the arena to the host and blocks.
+        the arena to the host; blocks for updates in progress, and never for a scope: what is being
+        written at that moment, and all while a CUDA graph is captured, is looked at the next time.
 
         Raises
         ------
