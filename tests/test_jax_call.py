@@ -123,6 +123,19 @@ def test_nothing_is_allocated_for_the_state():
     assert memory.temp_size_in_bytes < 4096
 
 
+def test_a_call_and_then_an_append_make_no_pass_over_the_state():
+    def step(x, row, position):
+        x = rlx.jax_call(add_one, x)
+        return jax.lax.dynamic_update_slice(x, row, (position, 0))
+
+    x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+    row = jax.ShapeDtypeStruct((1, 1024), jnp.float32)
+    position = jax.ShapeDtypeStruct((), jnp.int32)
+    compiled = jax.jit(step, donate_argnums=0).lower(x, row, position).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4096
+    assert not [line for line in compiled.as_text().splitlines() if " copy(" in line]
+
+
 def test_the_other_way_copies_and_says_so(monkeypatch):
     monkeypatch.setattr(_jax_call, "works_in_place", lambda platform: False)
     h = handle((256,))

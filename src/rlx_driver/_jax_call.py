@@ -29,7 +29,8 @@ def jax_call(
 
     To JAX it is one operation that takes arrays and gives new ones. Where nothing else reads the
     old ones, as in a step of `Buffer.update`, old and new are the same memory; else XLA copies
-    them first.
+    them first. On the CPU it also passes once over what another operation of the same program has
+    made of the state before it calls `fn`: let the call come first.
 
     Parameters
     ----------
