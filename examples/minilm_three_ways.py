@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def demo(args: argparse.Namespace) -> int:
     """Run the frameworks, print what came of them, and return 0 if every check passes."""
     device, frameworks = args.device, args.frameworks
-    before = rlx.memory_report(device)[str(device)].reserved
+    before = device.memory().in_use
     begin = time.perf_counter()
     model = load(args.folder, device)
     loading = time.perf_counter() - begin
@@ -229,8 +229,7 @@ def demo(args: argparse.Namespace) -> int:
         run(model, framework, args.ids, args.mask)  # not timed: JAX compiles, and views are made
     with rlx.ledger.record() as hot, rlx.no_copies():  # any copy by the driver would raise
         outcomes = run_all(model, frameworks, args.ids, args.mask)
-    report = rlx.memory_report(device)[str(device)]
-    held = report.reserved - before
+    held = rlx.memory_report(device)[str(device)].reserved - before
     needed = sum(handle.byte_size for handle in model.region)
     lacking = missing_for_bert()
     bert = None if lacking else with_bert(args.folder, args.ids, args.mask)
