@@ -398,9 +398,13 @@ def test_on_a_gpu_a_tree_is_updated_in_place():
     tree = {"w": jax.device_put(jnp.ones((4, 4)), gpu), "n": np.int32(3), "s": 0.5}
     state = bind_pytree(tree, region)
     home = [h.address for h in region]
+
+    def step(t):
+        return jax.tree.map(lambda x: x + 1, t)
+
     with rlx.no_copies():
         for _ in range(3):
-            rlx.update(state, lambda t: jax.tree.map(lambda x: x + 1, t))
+            rlx.update(state, step)
     assert home == [h.address for h in region]
     assert state["w"].to_host().numpy().tolist() == [[4.0] * 4] * 4
     assert state["n"].to_host().numpy() == 6

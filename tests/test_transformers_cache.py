@@ -714,6 +714,7 @@ def test_the_example(spoilt):
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_a_gpu(compiled):
     model = copy.deepcopy(model_of("llama")).to("cuda")

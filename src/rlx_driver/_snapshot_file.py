@@ -80,7 +80,8 @@ def require_library() -> ModuleType:
             "install rlx-driver[snapshots]",
             name="safetensors",
         ) from error
-    return safetensors
+    library: ModuleType = safetensors
+    return library
 
 
 # --- writing -------------------------------------------------------------------------------------
