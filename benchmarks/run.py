@@ -18,6 +18,7 @@ SUITES = {
         "session",
         "fence",
         "memory",
+        "arena",
         "typed_io",
         "snapshot",
         "training",
