@@ -34,6 +34,32 @@ print(sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "jax",
     assert loaded.strip() == "[]"
 
 
+def test_what_not_every_program_uses_is_loaded_when_it_is_asked_for():
+    loaded = must_run(
+        """
+import sys
+import rlx_driver as rlx
+subjects = ("plan", "arena", "session", "live_ranges", "typed_io", "_memory_report")
+there = lambda: [name for name in subjects if f"rlx_driver.{name}" in sys.modules]
+print(there(), set(rlx.__all__) <= set(dir(rlx)))
+rlx.plan_memory
+print(there(), rlx.plan_memory is rlx.plan_memory)
+assert all(getattr(rlx, name) is not None for name in rlx.__all__)
+print(there() == list(subjects))
+try:
+    rlx.banana
+except AttributeError as error:
+    print(error)
+"""
+    )
+    assert loaded.splitlines() == [
+        "[] True",
+        "['plan'] True",
+        "True",
+        "module 'rlx_driver' has no attribute 'banana'",
+    ]
+
+
 def test_work_in_numpy_loads_no_framework():
     loaded = must_run(
         """

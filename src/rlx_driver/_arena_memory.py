@@ -31,7 +31,7 @@ from rlx_driver.errors import CaptureError, ZeroCopyError
 from rlx_driver.typed_io import read_typed_to_f32, write_typed_from_f32
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from rlx_driver.access import Access
     from rlx_driver.device import Device
@@ -84,8 +84,7 @@ def make_memory(
 
 def widest_alignment(plan: MemoryPlan) -> int:
     """Give the alignment that offset 0 gets."""
-    own = (plan.interval(node).alignment or 1 for node in plan.nodes)
-    return max(ALIGNMENT, plan.alignment, max(own, default=1))
+    return max(ALIGNMENT, plan.widest_alignment)
 
 
 class Memory:
@@ -122,7 +121,6 @@ class Memory:
         self._born = backend.order(device, native)
         self._end: str | None = None
         self._starts, self._ends, self._alone = disjoint_blocks(plan)
-        self._nodes = plan.nodes
         self._bases: dict[int, Buffer] = {}
         self._raw: dict[tuple[int, int], Buffer] = {}
 
@@ -158,12 +156,6 @@ class Memory:
     def sees(self, offset: int, dt: np.dtype[Any], shape: tuple[int, ...]) -> bool:
         """Tell whether `slot` can make such a Buffer."""
         return self.backend.obstacle(self._facts_of(offset, dt, shape)) is None
-
-    def native_view(self, buffer: Buffer) -> Callable[[], Any]:
-        """Give the accessor for the framework that owns the memory."""
-        name = self.backend.name
-        known = {"numpy": buffer.numpy, "torch": buffer.torch}
-        return known.get(name) or (lambda: buffer.array(name))
 
     def whole(self) -> Buffer:
         """Give all bytes, margins included, as one block more, which is for debug arenas only."""
@@ -204,7 +196,7 @@ class Memory:
     def _name(self, block: int, start: int, end: int) -> str:
         row = -1 if block == _WHOLE else self._alone[block]
         if row >= 0:
-            return f"slot {name_of(self._nodes[row])} of {self._label}"
+            return f"slot {name_of(self._plan.nodes[row])} of {self._label}"
         return f"memory at bytes {start:,} to {end:,} of {self._label}"
 
     def _bytes(self, offset: int, nbytes: int) -> Buffer:

@@ -22,7 +22,7 @@ from rlx_driver.errors import (
 from rlx_driver.typed_io import read_typed_to_f32, write_typed_from_f32
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from rlx_driver._owned import Owner
     from rlx_driver.access import Access
@@ -111,14 +111,6 @@ class OwnedBytes:
     def sees(self, offset: int, dt: np.dtype[Any], shape: tuple[int, ...]) -> bool:
         """Tell that there are no Buffers."""
         return False
-
-    def native_view(self, buffer: Buffer) -> Callable[[], Any]:
-        """Refuse; see `slot`."""
-        return self.slot(0, _BYTE, (0,)).numpy
-
-    def whole(self) -> Buffer:
-        """Refuse; see `slot`."""
-        return self.slot(0, _BYTE, (0,))
 
     def put(self, offset: int, value: np.ndarray[Any, Any]) -> None:
         """Copy a host array to an offset; blocks until the array is free again."""

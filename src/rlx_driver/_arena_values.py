@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,7 +10,10 @@ from rlx_driver._exchange import exchange
 from rlx_driver.buffer import Buffer
 from rlx_driver.registry import registry
 
-__all__ = ["as_value", "bytes_of", "on_host"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["as_value", "bytes_of", "native_accessor", "on_host"]
 
 
 def as_value(x: Any) -> tuple[Any, np.dtype[Any], tuple[int, ...]]:
@@ -43,3 +46,10 @@ def on_host(value: Any) -> np.ndarray[Any, Any]:
 def bytes_of(value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Give the elements of a host array in C order, as bytes; copies where they are not."""
     return np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+
+
+def native_accessor(buffer: Buffer) -> Callable[[], Any]:
+    """Give what gives a Buffer as an array of the framework that owns its memory."""
+    name = buffer._backend.name
+    known = {"numpy": buffer.numpy, "torch": buffer.torch}
+    return known.get(name) or (lambda: buffer.array(name))

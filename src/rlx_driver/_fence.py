@@ -58,6 +58,7 @@ def fence(accesses: Iterable[Access], keep: Sequence[Lease] = ()) -> None:
 
 
 def fence_one(backend: FunctionalBackend, entries: list[tuple[Access, Lease | None, Any]]) -> None:
+    """Fence arrays of one framework; those beside the newest of a memory have no lease."""
     fresh = backend.fence([array for _, _, array in entries])
     held: Access | None = None
     ordered = []

@@ -11,7 +11,6 @@ import json
 import math
 import mmap
 import os
-import secrets
 import stat
 import sys
 from contextlib import suppress
@@ -128,7 +127,7 @@ def write_snapshot(
             f"{os.fspath(path)!r} is there and is no regular file: give the name of a file. "
             "Nothing was written"
         )
-    draft = target.parent / f".rlx-{secrets.token_hex(8)}.tmp"
+    draft = target.parent / f".rlx-{os.urandom(8).hex()}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     descriptor = os.open(draft, flags, 0o666)  # the umask says the rest
     try:

@@ -11,6 +11,7 @@ from rlx_driver._arena_debug import MARGIN, Inspector, guarded
 from rlx_driver._arena_io import InOutMixin
 from rlx_driver._arena_life import LifeMixin, require_plan
 from rlx_driver._arena_memory import Memory, make_memory
+from rlx_driver._arena_values import native_accessor
 from rlx_driver._memory import Contents, Pool, Slot, register
 from rlx_driver._snapshot_arena import ArenaFiles
 from rlx_driver.backends.base import accounting
@@ -126,7 +127,6 @@ class Arena(LifeMixin, InOutMixin, ArenaFiles):
 
     def _lay(self, plan: MemoryPlan, device: Device, name: str | None, debug: bool) -> None:
         self._device = device
-        self._name = name
         self._label = f"arena {name!r}" if name else f"arena of {len(plan)} nodes on {device}"
         self._debug = debug
         self._generation = 0
@@ -276,7 +276,7 @@ class Arena(LifeMixin, InOutMixin, ArenaFiles):
                 return give()
         memory = self._open()
         buffer = self.buffer(node, dtype, shape)
-        give = memory.native_view(buffer)
+        give = native_accessor(buffer)
         if dtype is None and shape is None and self._inspector is None:
             with memory.lock:
                 if buffer is self._buffers.get((node, None, None)):  # no reset since

@@ -180,6 +180,11 @@ class MemoryPlan:
         return self._alignment
 
     @property
+    def widest_alignment(self) -> int:
+        """The largest alignment of a slot, in bytes: what the start of the arena needs."""
+        return int(self._table.alignment.max(initial=self._alignment))
+
+    @property
     def capacity(self) -> int | None:
         """The capacity asked for, in bytes."""
         return self._capacity

@@ -146,6 +146,7 @@ def read_through(
 def cast_into(
     engine: Engine, cast: Cast, dtype: np.dtype[Any], target: torch.Tensor, values: torch.Tensor
 ) -> None:
+    """Convert values on the device into bytes at any address."""
     if _aligned(target, dtype):
         engine.launch(cast, target, values)
         return
