@@ -39,7 +39,7 @@ def test_what_not_every_program_uses_is_loaded_when_it_is_asked_for():
         """
 import sys
 import rlx_driver as rlx
-subjects = ("plan", "arena", "session", "live_ranges", "typed_io", "_memory_report")
+subjects = ("interval", "plan", "arena", "session", "live_ranges", "typed_io", "_memory_report")
 there = lambda: [name for name in subjects if f"rlx_driver.{name}" in sys.modules]
 print(there(), set(rlx.__all__) <= set(dir(rlx)))
 rlx.plan_memory
@@ -54,7 +54,7 @@ except AttributeError as error:
     )
     assert loaded.splitlines() == [
         "[] True",
-        "['plan'] True",
+        "['interval', 'plan'] True",
         "True",
         "module 'rlx_driver' has no attribute 'banana'",
     ]

@@ -48,7 +48,6 @@ from rlx_driver.errors import (
 from rlx_driver.events import DeviceEvent, Event, HostEvent
 from rlx_driver.graph import CommandGraph
 from rlx_driver.handle import BufferHandle, HandleRegion, open_handles
-from rlx_driver.interval import Interval
 from rlx_driver.registry import register_backend
 from rlx_driver.stream import CommandStream, JaxStream, SyncStream, TorchStream, command_stream
 from rlx_driver.tree import commit, read, update, views, write
@@ -60,6 +59,7 @@ if TYPE_CHECKING:
     from rlx_driver.arena import Arena
     from rlx_driver.compiled import Compiled
     from rlx_driver.device_arena import DeviceArena
+    from rlx_driver.interval import Interval
     from rlx_driver.live_ranges import intervals_from_fx, intervals_from_jaxpr
     from rlx_driver.memory_plan import MemoryPlan
     from rlx_driver.plan import plan_memory
@@ -165,6 +165,7 @@ _ON_FIRST_USE = {
     "Compiled": "compiled",
     "DeviceArena": "device_arena",
     "DeviceMemory": "_memory_values",
+    "Interval": "interval",
     "MemoryEntry": "_memory_values",
     "MemoryPlan": "memory_plan",
     "MemoryReport": "_memory_values",
